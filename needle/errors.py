@@ -1,0 +1,9 @@
+"""How the package refuses what it cannot take: one sentence, before anything has changed."""
+
+from __future__ import annotations
+
+
+def expect(holds: object, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise error(message) unless the condition holds."""
+    if not holds:
+        raise error(message)

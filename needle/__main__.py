@@ -1,0 +1,5 @@
+"""`python -m needle`: the command line."""
+
+from needle.cli import main
+
+main()

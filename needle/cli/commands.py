@@ -1,0 +1,266 @@
+"""The commands as one application. A user's error ends as a sentence on stderr and exit code 2.
+
+In: arguments, read by typer. Out: text on standard output, by rich; nothing is coloured unasked.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+import needle
+from needle import train
+from needle.errors import expect
+from needle.train import TASKS, Progress, TrainConfig, Trainer, folder, open_run
+
+RunName = Annotated[str, typer.Argument(help="A run's folder, or its name in --run-dir.")]
+Root = Annotated[Path, typer.Option(help="Where the runs lie.")]
+Text = str | None
+Integer = int | None
+Number = float | None
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "memory: expected enough for this model and data; received less; choose less of both"
+    return " ".join(str(error).split())
+
+
+def make_console() -> Console:
+    """Standard output as it is now."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def say(console: Console, *lines: str) -> None:
+    """Lines as they are: not wrapped, and brackets are no markup."""
+    console.print(*lines, sep="\n", markup=False, soft_wrap=True)
+
+
+# needle info
+
+
+def show_info() -> None:
+    """Show versions, the machine, devices and settings."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    affinity = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
+    devices = [
+        f"{each}{'' if each.enabled() else ' (not usable)'}" for each in needle.all_devices()
+    ]
+    extras = [name for name in ("matplotlib", "PIL", "pooch") if find_spec(name)]
+    flags = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NEEDLE_")]
+    facts = {
+        "needle": f"{needle.__version__} in {Path(needle.__file__).parent}",
+        "Python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "NumPy": f"{np.__version__} with {blas.get('name')} {blas.get('version')}",
+        "platform": platform.platform(),
+        "CPU": processor(),
+        "threads": len(affinity(0)),
+        "devices": f"{', '.join(devices)}; by default {needle.default_device()}",
+        "extras": ", ".join(extras) or "none",
+        "flags": ", ".join(flags) or "none",
+    }
+    say(make_console(), *(f"{name:10} {value}" for name, value in facts.items()))
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    file = Path("/proc/cpuinfo")  # on Linux, where `platform` tells the architecture alone
+    names = re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# needle predict
+
+
+def predict_image(
+    run: RunName,
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG, BMP, GIF or WEBP of any size.")],
+    run_dir: Root = Path("runs"),
+) -> None:
+    """Classify a picture with a trained model.
+
+    The picture is made grey, inverted if its ground is light, cropped if it has wide margins, and
+    resized to the model's input.
+    """
+    path, config = open_run(run, run_dir)
+    model, task = train.load_model(path, config), TASKS[config.data]
+    picture = train.read_image(image, *task.shape[:2], task.span)
+    shares = train.class_probabilities(model, picture).tolist()
+    best = shares.index(max(shares))
+    console, table = make_console(), Table(show_header=False, box=None)
+    block = "█" if console.encoding.startswith("utf") else "#"
+    for index, (name, share) in enumerate(zip(task.classes, shares, strict=True)):
+        style = "bold green" if index == best else None
+        table.add_row(name, f"{share:6.1%}", block * round(share * 30), style=style)
+    console.print(table)
+    console.print(f"[bold]{task.classes[best]}[/bold] ({shares[best]:.1%})")
+
+
+# needle eval
+
+
+def evaluate_run(
+    run: RunName,
+    run_dir: Root = Path("runs"),
+    data_dir: Annotated[Text, typer.Option(help="Where the data lies now.")] = None,
+) -> None:
+    """Show loss, accuracy and confusion of a trained model on the test data."""
+    path, config = open_run(run, run_dir, data_dir)
+    model, classes = train.load_model(path, config), TASKS[config.data].classes
+    found = train.evaluate(model, train.open_data(config, train=False), len(classes))
+    console, samples = make_console(), found.confusion.sum()
+    say(console, f"{path}: {config.model} on {config.data}", f"test loss      {found.loss:.4f}")
+    say(console, f"test accuracy  {found.accuracy:.2%} of {samples:,} samples")
+    console.print(confusion_table(classes, found.confusion.tolist()))
+
+
+def confusion_table(classes: tuple[str, ...], confusion: list[list[int]]) -> Table:
+    """How many samples of a class (rows) the model took for a class (columns, by number)."""
+    table = Table("class", title="What each class was taken for", title_justify="left")
+    for header in (*map(str, range(len(classes))), "right"):
+        table.add_column(header, justify="right")
+    for index, (name, counts) in enumerate(zip(classes, confusion, strict=True)):
+        cells = [str(count or "") for count in counts]
+        cells[index] = f"[bold]{counts[index]}[/bold]"
+        share = f"{counts[index] / sum(counts):.1%}" if any(counts) else "-"
+        table.add_row(name if name == str(index) else f"{index} {name}", *cells, share)
+    return table
+
+
+# needle train, with a live bar on a terminal, and everywhere with a line per epoch
+
+
+def option(text: str, default: str | bool = True) -> Any:
+    """An option with a help text, and the default that this shows."""
+    return typer.Option(help=text, show_default=default)
+
+
+def one_of(name: str) -> str:
+    """The names among which a field of TrainConfig chooses."""
+    return str(TrainConfig.__dataclass_fields__[name].metadata["expected"]).capitalize() + "."
+
+
+def train_model(
+    model: Annotated[Text, typer.Argument(help=one_of("model"), show_default="mlp_resnet")] = None,
+    data: Annotated[Text, option(one_of("data"), "digits")] = None,
+    data_dir: Annotated[Text, option("Folder of the data; without it, fetch the data.")] = None,
+    epochs: Annotated[Integer, option("Passes over the data.")] = None,
+    batch_size: Annotated[Integer, option("Samples per step.")] = None,
+    lr: Annotated[Number, option("Learning rate.")] = None,
+    optimizer: Annotated[Text, option(one_of("optimizer"))] = None,
+    weight_decay: Annotated[Number, option("L2 regularisation; adamw: decoupled.")] = None,
+    momentum: Annotated[Number, option("Of the optimizer sgd.")] = None,
+    schedule: Annotated[Text, option(one_of("schedule"))] = None,
+    hidden_dim: Annotated[Integer, option("Width of the model.")] = None,
+    num_blocks: Annotated[Integer, option("Residual blocks of the model.")] = None,
+    dropout: Annotated[Number, option("Share of activations that dropout turns off.")] = None,
+    seed: Annotated[Integer, option("Decides weights, order and dropout.")] = None,
+    device: Annotated[Text, option(one_of("device"))] = None,
+    checkpoint_every: Annotated[Integer, option("Steps between checkpoints.")] = None,
+    name: Annotated[Text, option("The run's name.", "MODEL-DATA-TIME")] = None,
+    resume: Annotated[Text, option("Go on with a run: its folder, or its name.")] = None,
+    run_dir: Root = Path("runs"),
+) -> None:
+    """Train a model. What is not given follows from the data set."""
+    given = {key: value for key, value in locals().items() if value is not None}
+    del given["run_dir"]
+    if resume is None:
+        name = given.pop("name", None)
+        trainer = Trainer.start(TrainConfig.for_data(**given), run_dir, name)
+    else:
+        odd = ", ".join(key for key in given if key not in ("resume", "data_dir"))
+        expected = "only --run-dir and --data-dir beside it, since the run has its own options"
+        expect(not odd, f"--resume: expected {expected}; received {odd}")
+        trainer = Trainer.resume(resume, run_dir, data_dir)
+    console = make_console()
+    if trainer.progress.finished:
+        say(console, f"{trainer.path} is finished: {trainer.config.epochs} epochs")
+    else:
+        train_on(console, trainer)
+
+
+def train_on(console: Console, trainer: Trainer) -> None:
+    """Train to the end, showing how it goes; then draw the curves."""
+    config, path = trainer.config, trainer.path
+    again = f"go on with: needle train --resume {shlex.quote(str(path))}"
+    size = sum(parameter.size for parameter in trainer.model.parameters())
+    say(console, f"{config.model} with {size:,} parameters on {config.data}, {config.device}")
+    say(console, f"{path}, from {trainer.progress}")
+    try:
+        with make_bar(console) as bar:
+            bar.add_task("")
+            trainer.fit(lambda progress: show(bar, progress))
+    except KeyboardInterrupt as error:
+        kept = trainer.progress if isinstance(error, train.Interrupted) else "the last checkpoint"
+        print(f"needle: interrupted; {kept} is saved; {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        raise OSError(f"{sentence(error)}; what was saved before is whole; {again}") from None
+    try:
+        train.draw_curves(path / folder.METRICS, path / folder.CURVES)
+    except (ImportError, OSError) as error:
+        say(console, f"no curves.png: {sentence(error)}")
+    say(console, f"next: needle eval {shlex.quote(str(path))}")
+
+
+def make_bar(console: Console) -> bars.Progress:
+    """A live bar over all steps, which does nothing where the console is no terminal."""
+    state = bars.TextColumn("{task.percentage:3.0f}%  {task.description}")
+    columns, disable = (
+        (bars.BarColumn(), state, bars.TimeRemainingColumn()),
+        not console.is_terminal,
+    )
+    return bars.Progress(*columns, console=console, transient=True, disable=disable)
+
+
+def show(bar: bars.Progress, progress: Progress) -> None:
+    """Show a step on the bar, and the end of an epoch as a line."""
+    now, epochs, record = progress, progress.epochs, progress.record
+    if record is None:
+        state = f"epoch {now.epoch}/{epochs}  loss {now.loss:.4f}  accuracy {now.accuracy:.1%}"
+        state += f"  {now.samples_per_second:,.0f} samples/s"
+        total = epochs * now.steps_per_epoch
+        bar.update(bar.task_ids[0], completed=now.step, total=total, description=state)
+        return
+    line = f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}"
+    for name, key in (("", "train"), ("test ", "test")):
+        loss, accuracy = record[f"{key}_loss"], record[f"{key}_accuracy"]
+        line += f"  {name}loss {loss:.4f}  {name}accuracy {accuracy:7.2%}"
+    say(bar.console, f"{line}  {record['samples_per_second']:7,.0f} samples/s")
+
+
+# All of them
+
+
+app = typer.Typer(
+    help="Train, evaluate and use models with needle.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+app.command("train")(train_model)
+app.command("eval")(evaluate_run)
+app.command("predict")(predict_image)
+app.command("info")(show_info)
+
+
+def main() -> None:
+    """The console entry point."""
+    try:
+        app(prog_name="needle")
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        print(f"needle: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)

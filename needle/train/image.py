@@ -1,0 +1,80 @@
+"""Any picture as a model's input: grey, of the model's size, light strokes on a dark ground.
+
+In: a file that nobody vouches for, decoded by Pillow. Out: float32 (height, width, 1) in [0, 1].
+Next: folder.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from needle.errors import expect
+from needle.files import AnyPath, import_extra, reading
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
+MOST_PIXELS = 64_000_000
+NEAR = 512  # pixels along a side; a picture of at least twice as many first shrinks by a factor
+
+
+def read_image(path: AnyPath, height: int, width: int, span: float = 1.0) -> np.ndarray:
+    """The picture in a file, (height, width, 1).
+
+    A transparent one is put on the ground that its strokes contrast with, one with a light ground
+    is inverted. One of another size is resized in its own proportions; if its strokes span much
+    less of it than `span`, the share that they span in the model's data, it is cropped to them.
+    FileError where the file cannot be decoded or has more than 64 million pixels,
+    FileNotFoundError where there is none, ImportError without Pillow.
+    """
+    pillow = import_extra("PIL.Image", "data")
+    message = f"{path}: expected a picture; received a path without a file"
+    expect(Path(path).is_file(), message, FileNotFoundError)
+    expected = f"a picture ({', '.join(FORMATS)}) of at most {MOST_PIXELS:,} pixels"
+    # Pillow warns of many pixels, too, where the limit is lower here.
+    with reading(path, expected), warnings.catch_warnings(action="ignore"):
+        with pillow.open(path, formats=FORMATS) as image:
+            expect(image.width * image.height <= MOST_PIXELS, f"a size of {image.size}")
+            grey = make_grey(pillow, image)
+    pixels = np.asarray(grey)
+    ground = np.median([*pixels[0], *pixels[-1], *pixels[:, 0], *pixels[:, -1]])
+    if grey.size != (width, height):
+        pixels = np.asarray(fit(pillow, grey, int(ground), height, width, span))
+    dark = 255 - pixels if ground > 127.5 else pixels
+    return dark[..., None] / np.float32(255)
+
+
+def make_grey(pillow: Any, image: Any) -> Any:
+    """A picture's luminance (ITU-R BT.601) in 8 bits.
+
+    What is transparent becomes black where what can be seen is light on the whole, else white.
+    """
+    if image.mode.startswith("I"):  # 16 bits, also where Pillow holds them in 32
+        return pillow.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+    rgba = image.convert("RGBA").reduce(max(1, min(image.size) // NEAR))
+    opacity = np.asarray(rgba.getchannel("A")) + 1e-9
+    light = np.average(np.asarray(rgba.convert("L")), weights=opacity)
+    ground = pillow.new("RGBA", rgba.size, "black" if light > 127.5 else "white")
+    return pillow.alpha_composite(ground, rgba).convert("L")
+
+
+def fit(pillow: Any, grey: Any, ground: int, height: int, width: int, span: float) -> Any:
+    """The picture, or its strokes over a share of the height or width, amid its ground.
+
+    A new pixel is the mean of the area that it covers; a small picture is interpolated linearly.
+    """
+    strokes = grey.point(lambda value: 255 * (abs(value - ground) > 25)).getbbox()
+    left, top, right, bottom = strokes or (0, 0, *grey.size)
+    if max((right - left) / grey.width, (bottom - top) / grey.height) < 0.8 * span:
+        grey = grey.crop((left, top, right, bottom))
+    else:
+        span = 1.0
+    scale = span * min(height / grey.height, width / grey.width)
+    columns, rows = max(1, round(grey.width * scale)), max(1, round(grey.height * scale))
+    method = pillow.Resampling.BOX if scale < 1 else pillow.Resampling.BILINEAR
+    fitted = pillow.new("L", (width, height), ground)
+    resized = grey.resize((columns, rows), method)
+    fitted.paste(resized, ((width - columns) // 2, (height - rows) // 2))
+    return fitted

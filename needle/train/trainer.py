@@ -1,0 +1,223 @@
+"""Trainer: a run from its first step, or from a checkpoint, to its last; the same bits either way.
+
+All that a step depends on is in the checkpoint: parameters and running statistics, optimizer,
+schedule, the loader's place, the random generator, and the sums behind the numbers shown. It is
+written before the first step, every `checkpoint_every` steps, after every epoch and on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from needle import init, optim
+from needle.autograd import Tensor, no_grad
+from needle.data import DataLoader
+from needle.errors import expect
+from needle.files import AnyPath, reading, remove_partial_files
+from needle.nn import Module, SoftmaxLoss
+from needle.optim import Optimizer, Schedule
+from needle.train import folder
+from needle.train.config import TASKS, TrainConfig, open_data
+from needle.train.metrics import MetricsFile, Progress
+from needle.train.model import evaluate, make_model
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmsprop": optim.RMSprop,
+    "adagrad": optim.Adagrad, "adafactor": optim.Adafactor, "lion": optim.Lion,
+}  # fmt: skip
+PARTS = ("progress", "model", "optimizer", "schedule", "loader")  # of a Trainer, with a state
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came; a checkpoint holds the run after its last whole step."""
+
+
+class Trainer:
+    """Trains the model of a run.
+
+        Trainer.start(TrainConfig.for_data("digits", seed=1), root="runs", name="first").fit()
+        Trainer.resume("runs/first").fit()  # after an interruption
+
+    Random numbers come from `ndl.seed(config.seed)` on. ValueError where the data is bad or the
+    loss is no longer finite, OSError where a file cannot be written; the last checkpoint stays.
+    """
+
+    path: Path  # the run's folder, set by start and resume
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.data, self.test_data = open_data(config, train=True), open_data(config, train=False)
+        device = folder.usable_device(config.device)
+        init.seed(config.seed)
+        self.model = make_model(config, device)
+        self.loss = SoftmaxLoss()
+        self.optimizer = make_optimizer(config, self.model)
+        batch, seed = config.batch_size, config.seed
+        self.loader = DataLoader(self.data, batch, shuffle=True, seed=seed, device=device)
+        self.schedule = make_schedule(config, self.optimizer, config.epochs * len(self.loader))
+        self.progress = Progress(config.epochs, len(self.loader))
+
+    @classmethod
+    def start(cls, config: TrainConfig, root: AnyPath = "runs", name: str | None = None) -> Trainer:
+        """A new run in a new folder; the errors of `create_run`."""
+        trainer = cls(config)
+        trainer.path = folder.create_run(config, root, name)
+        return trainer
+
+    @classmethod
+    def resume(cls, run: AnyPath, root: AnyPath = "runs", data_dir: str | None = None) -> Trainer:
+        """A run as its newest checkpoint holds it; FileError where that or config.json is bad."""
+        path, config = folder.open_run(run, root, data_dir)
+        remove_partial_files(path)
+        file = path / folder.CHECKPOINT
+        state = folder.load_checkpoint(file) if file.exists() else None
+        if state is not None:
+            folder.check_size(file, config, state.get("model"))
+        trainer = cls(config)
+        trainer.path = path
+        if state is not None:  # it was not killed before its first checkpoint
+            trainer.restore(state)
+        return trainer
+
+    # Checkpoints
+
+    def save(self, metrics: MetricsFile) -> None:
+        """Write a checkpoint."""
+        os.fsync(metrics.file.fileno())  # the metrics survive where the checkpoint does
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
+        state["random"] = random_state().detach()
+        folder.save_checkpoint(self.path / folder.CHECKPOINT, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state. FileError where it does not fit: drop this trainer."""
+        with reading(self.path / folder.CHECKPOINT, "a checkpoint of this run"):
+            for name in PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            found = state["random"]
+            fits = found.shape == (2,) and found.dtype == "int64"
+            expect(fits, "random: expected a key and a counter of int64; received others")
+            random_state().data = Tensor(found)
+
+    # Training
+
+    def fit(self, watch: Callable[[Progress], None] = lambda progress: None) -> None:
+        """Train to the end of the last epoch; `watch` is called after every step and every epoch.
+
+        Ctrl-C ends it after a whole step, with a checkpoint, and raises Interrupted.
+        """
+        metrics = MetricsFile(self.path / folder.METRICS, self.progress.step)
+        with metrics.file, noting_interrupts() as interrupted:
+            if self.progress.step == 0:
+                self.save(metrics)
+            self.model.train()
+            while not self.progress.finished:
+                start = time.perf_counter() - self.progress.seconds
+                for x, y in self.loader:
+                    self.run_step(x, y, metrics)
+                    self.progress.seconds = time.perf_counter() - start
+                    watch(self.progress)
+                    self.save_between(metrics, interrupted.is_set())
+                self.run_test(metrics)
+                watch(self.progress)
+                self.progress = self.progress.at_next_epoch()
+                self.save(metrics)
+
+    def run_step(self, x: Tensor, y: Tensor, metrics: MetricsFile) -> None:
+        """One update of the parameters, and its record."""
+        progress = self.progress
+        logits = self.model(x)
+        loss = self.loss(logits, y)
+        with no_grad():
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.reset_grad()
+        correct = int((logits.numpy().argmax(1) == y.numpy()).sum())
+        progress.step += 1
+        progress.step_in_epoch += 1
+        progress.samples += len(y)
+        progress.correct += correct
+        progress.loss_sum += loss.item() * len(y)
+        record = {"kind": "step", "step": progress.step, "epoch": progress.epoch}
+        record |= {"loss": loss.item(), "accuracy": correct / len(y), "lr": self.optimizer.lr}
+        metrics.append(record)
+        self.schedule.step()
+
+    def save_between(self, metrics: MetricsFile, interrupted: bool) -> None:
+        """After a step that does not end an epoch: write a checkpoint where one is due."""
+        due = interrupted or self.progress.step % self.config.checkpoint_every == 0
+        if due and self.progress.step_in_epoch < self.progress.steps_per_epoch:
+            self.save(metrics)
+            if interrupted:
+                raise Interrupted
+
+    def run_test(self, metrics: MetricsFile) -> None:
+        """Evaluate at the end of an epoch; write its record and the model."""
+        progress = self.progress
+        found = evaluate(self.model, self.test_data, len(TASKS[self.config.data].classes))
+        record = {"kind": "epoch", "step": progress.step, "epoch": progress.epoch}
+        record |= {"train_loss": progress.loss, "train_accuracy": progress.accuracy}
+        record |= {"test_loss": found.loss, "test_accuracy": found.accuracy}
+        progress.record = {**record, "samples_per_second": progress.samples_per_second}
+        metrics.append(progress.record)
+        folder.save_model(self.path, self.model)
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[threading.Event]:
+    """Within the block Ctrl-C sets the event, to be heeded between steps; a second acts at once.
+
+    Nothing sets it outside of the main thread, where Python delivers no signals, and where Ctrl-C
+    is ignored or somebody else's.
+    """
+    asked = threading.Event()
+
+    def note(*signal: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield asked
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def random_state() -> Tensor:
+    """The state of the generator that `ndl.seed` began."""
+    return cast(Any, init.generator()).state
+
+
+def make_optimizer(config: TrainConfig, model: Module) -> Optimizer:
+    """The configured optimizer of all parameters."""
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        options["momentum"] = config.momentum
+    return OPTIMIZERS[config.optimizer](model.parameters(), **options)
+
+
+def make_schedule(config: TrainConfig, optimizer: Optimizer, steps: int) -> Schedule:
+    """The configured schedule over all steps of a run.
+
+    step: to a tenth after each third; exponential: to a hundredth at the end.
+    """
+    kind, options = {
+        "constant": (optim.ConstantLR, ()),
+        "cosine": (optim.CosineLR, (steps,)),
+        "one_cycle": (optim.OneCycleLR, (config.lr, steps)),
+        "step": (optim.StepLR, (math.ceil(steps / 3),)),
+        "exponential": (optim.ExponentialLR, (0.01 ** (1 / steps),)),
+    }[config.schedule]
+    return kind(optimizer, *options)

@@ -1,0 +1,40 @@
+"""What every test starts from: fixed seeds, eager mode, gradients on, no clock in hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from needle import autograd
+from needle.autograd import MODE
+from needle.init.random import Source
+
+settings.register_profile(
+    "needle",
+    deadline=None,
+    derandomize=True,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("needle")
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """NumPy's generator seeded before each test; needle's switches as they were after it."""
+    np.random.seed(0)
+    Source.generator = None
+    yield
+    Source.generator = None
+    switches = autograd.LAZY_MODE, MODE.lazy, MODE.tracing, MODE.grad
+    autograd.LAZY_MODE, MODE.lazy, MODE.tracing, MODE.grad = False, False, False, True
+    assert switches == (False, False, False, True), "the test left a mode switched on"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator of the test's own."""
+    return np.random.default_rng(0)

@@ -67,6 +67,18 @@ def assert_close(
     assert not off.any(), f"{describe(found, rounded, off)}; tolerance {bound.max():.3g}"
 
 
+def agree(found: Tensor | None, expected: Any, length: int = 1) -> None:
+    """Values as close as `assert_close` wants them, in the same dtype."""
+    assert found is not None
+    assert found.dtype == np.asarray(expected).dtype
+    assert_close(found, expected, length=length)
+
+
+def draw(*shape: int, seed: int = 0, dtype: str = "float64") -> Array:
+    """Standard normal numbers, the same for the same seed."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
 def describe(found: Array, expected: Array, bad: Array) -> str:
     """The worst element, in words."""
     with np.errstate(all="ignore"):

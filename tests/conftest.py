@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -38,3 +39,9 @@ def clean_state() -> Iterator[None]:
 def rng() -> np.random.Generator:
     """A generator of the test's own."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def torch() -> ModuleType:
+    """PyTorch, to compare with; tests that ask for it are skipped where it is missing."""
+    return pytest.importorskip("torch")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import assert_close, assert_gradient, assert_second_order
+from checks import agree, assert_gradient, assert_second_order, draw
 
 import needle as ndl
 from needle import nn
@@ -18,22 +18,6 @@ from needle.nn import functional
 
 DTYPES = ["float64", "float32"]
 REDUCTIONS = ["mean", "sum", "none"]
-
-
-@pytest.fixture
-def torch() -> ModuleType:
-    return pytest.importorskip("torch")
-
-
-def agree(found: ndl.Tensor | None, expected: Any, length: int = 1) -> None:
-    """Values as close as `assert_close` wants them, in the same dtype."""
-    assert found is not None
-    assert found.dtype == np.asarray(expected).dtype
-    assert_close(found, expected, length=length)
-
-
-def draw(*shape: int, seed: int = 0, dtype: str = "float64") -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def labels_of(*shape: int, classes: int, ignore: int | None = None) -> np.ndarray:

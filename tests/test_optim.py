@@ -6,7 +6,6 @@ import gc
 import json
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -197,11 +196,6 @@ def test_updates_follow_their_equations(kind, reference, options, dtype):
         steps = [(grads[place].astype(np.float64), t) for t, grads in enumerate(gradients, 1)]
         assert x.dtype == dtype
         assert_close(x, reference(p.astype(np.float64), steps, **options), length=STEPS)
-
-
-@pytest.fixture
-def torch() -> ModuleType:
-    return pytest.importorskip("torch")
 
 
 TORCH_CASES: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [

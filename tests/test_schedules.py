@@ -76,11 +76,6 @@ def test_learning_rates_follow_their_formulas(make, formula):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-@pytest.fixture
-def torch() -> ModuleType:
-    return pytest.importorskip("torch")
-
-
 def walk_in_pytorch(
     torch: ModuleType, name: str, steps: int, metrics: Any = None, **options: Any
 ) -> Any:

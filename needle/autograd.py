@@ -572,7 +572,8 @@ class Tensor(Value):
         return rebuild, (type(self), self.realize_cached_data(), self.requires_grad)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        expect(self.op is None, "deepcopy: expected a leaf tensor; received one with history")
+        received = "received one with history; copy its .data instead"
+        expect(self.op is None, f"deepcopy: expected a leaf tensor; {received}")
         return rebuild(type(self), self.cached_data.copy(), self.requires_grad)
 
     def __len__(self) -> int:
@@ -584,9 +585,8 @@ class Tensor(Value):
         return (self[index] for index in range(len(self)))
 
     def __bool__(self) -> bool:
-        expect(
-            self.size == 1, f"bool: expected one element, or any(), all(); received {self.shape}"
-        )
+        received = f"received shape {self.shape}; use any() or all()"
+        expect(self.size == 1, f"bool: expected a tensor of one element; {received}")
         return bool(self.item())
 
     def __float__(self) -> float:

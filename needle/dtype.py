@@ -35,6 +35,8 @@ NAMES = "float64, float32, float16, bfloat16, int8, int16, int32, int64, uint8, 
 def as_dtype(dtype: Any) -> DType:
     """The dtype that a name ("float32"), a NumPy type or a dtype stands for; TypeError for any
     other."""
+    if isinstance(dtype, np.dtype) and dtype in DTYPES:
+        return dtype
     try:
         found = np.dtype(dtype).newbyteorder("=")
     except TypeError:
@@ -72,7 +74,7 @@ def promote(name: str, *dtypes: DType) -> DType:
     """The dtype that holds all of dtypes, by NumPy's rules; `name` is the op that asks, for the
     error."""
     first = dtypes[0]
-    if all(dtype == first for dtype in dtypes):
+    if dtypes.count(first) == len(dtypes):
         return first
     try:
         found = np.result_type(*dtypes)

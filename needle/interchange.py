@@ -19,6 +19,8 @@ def from_numpy(array: np.ndarray) -> Tensor:
     if not isinstance(array, np.ndarray) or array.dtype not in DTYPES:
         kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"from_numpy: expected a NumPy array of {NAMES}; received {kind}")
+    aligned = "from_numpy: expected aligned elements; received others; copy the array first"
+    expect(array.flags.aligned, aligned)
     return Tensor.make_const(NDArray.wrap(array, default_device()))
 
 

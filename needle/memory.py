@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from needle import autograd
-from needle.array.memory import Usage
+from needle.array.memory import POOLS, USAGE, empty_pools
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,22 @@ def report() -> Report:
 
 def live() -> int:
     """Bytes of memory that arrays hold now."""
-    return Usage.live
+    return USAGE.live
 
 
 def peak() -> int:
     """The most bytes that arrays held at once, since the start or `reset_peak`."""
-    return Usage.peak
+    return USAGE.peak
 
 
 def cached() -> int:
-    """Bytes that the allocator keeps for reuse; NumPy's memory, on which both CPU devices work so
-    far, keeps none."""
-    return 0
+    """Bytes that the allocator keeps for reuse."""
+    return sum(size * len(pool) for size, pool in list(POOLS.items()))
+
+
+def empty_cache() -> None:
+    """Give the bytes that are kept for reuse back to the system."""
+    empty_pools()
 
 
 def live_values() -> int:
@@ -51,4 +55,4 @@ def live_values() -> int:
 
 def reset_peak() -> None:
     """Begin to measure the peak anew."""
-    Usage.peak = Usage.live
+    USAGE.peak = USAGE.mark = USAGE.live

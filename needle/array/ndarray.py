@@ -1,23 +1,26 @@
 """NDArray: shape, strides, dtype, device and memory. Storage and views; no arithmetic of its own.
 
-An NDArray is a strided view on a Storage of one device. Views (reshape of a compact array, permute,
-broadcast, basic slices, flip) share the Storage; `np.asarray`, `.numpy()`, the buffer protocol and
-DLPack share it too. Arithmetic between NDArrays is that of needle.ops, which sets the operators.
-What devices compute with stands in needle/backend.
+An NDArray is a strided view on a Storage of one device: a form, and the address of its first
+element. Views (reshape of a compact array, permute, broadcast, basic slices, flip) share the
+Storage; `np.asarray`, `.numpy()`, the buffer protocol and DLPack share it too. Arithmetic between
+NDArrays is that of needle.ops, which sets the operators. What devices compute with stands in
+needle/backend.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from needle.array.memory import Storage
+from needle.array.form import Form, compact_form, compact_strides, form, form_of
+from needle.array.memory import USAGE, Export, Storage, exporter, new_block
 from needle.array.spec import Spec, as_shape, reshaped
 from needle.backend.device import Device, default_device
-from needle.dtype import DTYPES, INTEGERS, NAMES, DType, as_dtype, bfloat16, cast
+from needle.dtype import DTYPES, INTEGERS, NAMES, DType, as_dtype, bfloat16, cast, float32
 from needle.errors import expect
 
 
@@ -29,48 +32,76 @@ def unregistered(*args: Any, **kwargs: Any) -> NDArray:
 class Handle:
     """The memory behind an NDArray, as kernels that take addresses want it."""
 
-    def __init__(self, view: np.ndarray) -> None:
-        self.view = view
+    def __init__(self, array: NDArray) -> None:
+        self.array = array
+
+    @property
+    def view(self) -> np.ndarray:
+        return self.array.view
 
     def ptr(self) -> int:
         """The address of the memory's first element, the same for all views on it."""
-        return self.memory().ctypes.data
+        storage = self.array.storage
+        return storage.block.ptr or address(storage.block.memory)
 
-    def memory(self) -> np.ndarray:
-        """The array that owns the memory."""
-        return self.view if self.view.base is None else self.view.base
+    def size(self) -> int:
+        """How many elements the memory holds."""
+        return self.array.storage.nbytes // self.array.dtype.itemsize
 
 
 class NDArray:
     """A strided view on the memory of one device."""
 
     __array_priority__ = 1000
-    __slots__ = ("__weakref__", "device", "storage", "view")
+    __slots__ = ("__weakref__", "form", "ptr", "storage", "view")
 
-    view: np.ndarray
-    device: Device
+    form: Form
     storage: Storage
+    ptr: int  # of the first element; asked for at the first use where the memory is NumPy's
+    view: np.ndarray  # made at the first use
 
     def __init__(self, array: Any, device: Device | None = None, dtype: Any = None) -> None:
         """Copy an array, a nested list or a number to device memory."""
         view = as_host(array, dtype)
-        self.device = default_device() if device is None else device
-        self.view = view.copy() if shares(view, array) else view
-        self.storage = Storage(self.view)
+        device = default_device() if device is None else device
+        self.form = compact_form(device, view.shape, view.dtype)
+        memory = empty(self.form)
+        self.storage, self.ptr = memory.storage, memory.ptr
+        self.view[...] = view
+
+    @staticmethod
+    def empty(spec: Spec, device: Device | None = None) -> NDArray:
+        """An array of new memory, whose elements are whatever it holds."""
+        return empty(compact_form(device or default_device(), spec.shape, spec.dtype))
+
+    @staticmethod
+    def at(source: NDArray, offset: int, form: Form) -> NDArray:
+        """A view on another array's memory; offset: from its first element, in bytes."""
+        array = NEW(NDArray)
+        array.form = form
+        array.storage = source.storage
+        array.ptr = source.ptr + offset
+        return array
 
     @staticmethod
     def wrap(view: np.ndarray, device: Device, sources: Sequence[NDArray] = ()) -> NDArray:
-        """The NDArray of a view, which shares the Storage of the source that it looks into, if
-        there is one."""
+        """The NDArray of a NumPy array, which shares the Storage of the source that it looks into,
+        if there is one. Elements that are not aligned are copied."""
+        view = np.asarray(view) if view.flags.aligned else view.copy()
         array = NDArray.__new__(NDArray)
+        array.form = form_of(view, device)
         array.view = view
-        array.device = device
         base = view.base
-        for source in sources:
-            if source.view is view or (base is not None and source.storage.owner is base):
-                array.storage = source.storage
-                return array
-        array.storage = Storage(base if isinstance(base, np.ndarray) else view)
+        storage = None if base is None else exporter(view)
+        if storage is None:
+            for source in sources:
+                owner = source.storage.block.memory
+                if owner is view or (base is not None and owner is base):
+                    storage = source.storage
+                    break
+            else:
+                storage = Storage.on(base if isinstance(base, np.ndarray) else view)
+        array.storage = storage
         return array
 
     @staticmethod
@@ -83,43 +114,54 @@ class NDArray:
     ) -> NDArray:
         """A float32 array of new memory, or a view on a handle's memory; strides and offset count
         elements."""
-        shape = as_shape("NDArray.make", shape)
+        shape, device = as_shape("NDArray.make", shape), device or default_device()
         if handle is None:
-            return NDArray.wrap(np.empty(shape, np.float32), device or default_device())
-        flat = handle.memory()
+            return NDArray.empty(Spec(shape, float32), device)
+        size = handle.size()
         steps = compact_strides(shape) if strides is None else tuple(strides)
         reach = [(n - 1) * step for n, step in zip(shape, steps, strict=True) if 0 not in shape]
         first = offset + sum(each for each in reach if each < 0)
         last = offset + sum(each for each in reach if each > 0)
-        received = f"expected a view inside {flat.size} elements; received {first} to {last}"
-        expect(0 <= first <= last < max(flat.size, 1), f"NDArray.make: {received}")
-        size = flat.itemsize
-        view = np.ndarray(shape, flat.dtype, flat, offset * size, [step * size for step in steps])
-        return NDArray.wrap(view, device or default_device())
+        received = f"expected a view inside {size} elements; received {first} to {last}"
+        expect(0 <= first <= last < max(size, 1), f"NDArray.make: {received}")
+        source, dtype = handle.array, handle.array.dtype
+        seen = form(device, shape, tuple([step * dtype.itemsize for step in steps]), dtype)
+        start = handle.ptr() + offset * dtype.itemsize
+        return NDArray.at(source, start - source.ptr, seen)
 
     # What it is
 
     @property
+    def device(self) -> Device:
+        return self.form.device
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return self.view.shape
+        return self.form.shape
 
     @property
     def strides(self) -> tuple[int, ...]:
         """The distance between neighbours along each axis, in elements."""
-        size = self.view.itemsize
-        return tuple(step // size for step in self.view.strides)
+        return self.form.strides
 
     @property
     def dtype(self) -> DType:
-        return self.view.dtype
+        return self.form.dtype
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.view.shape, self.view.dtype)
+        return self.form.spec
 
     @property
     def _handle(self) -> Handle:
-        return Handle(self.view)
+        return Handle(self)
+
+    def is_alone(self) -> bool:
+        """Whether nobody else looks into the memory: no other array, and no NumPy array."""
+        with suppress(AttributeError):  # where it was never exported
+            if sys.getrefcount(object.__getattribute__(self, "view")) == 2:
+                del self.view
+        return not self.storage.is_foreign and sys.getrefcount(self.storage) == 2
 
     # Protocols
 
@@ -135,8 +177,15 @@ class NDArray:
         return function(*map(as_views, args), **{k: as_views(v) for k, v in kwargs.items()})
 
     def __getattr__(self, name: str) -> Any:
-        """What NumPy's arrays have and this class does not write: size, flat, item, T, mean, ..."""
-        if name.startswith("_") or name == "view":
+        """What is found at its first use: view and ptr; and what NumPy's arrays have and this class
+        does not write: size, flat, item, T, mean, ..."""
+        if name == "view":
+            self.view = export(self)
+            return self.view
+        if name == "ptr":
+            self.ptr = address(self.view)
+            return self.ptr
+        if name.startswith("_") or name in NDArray.__slots__:
             raise AttributeError(f"NDArray has no attribute {name!r}")
         return getattr(self.view, name)
 
@@ -183,24 +232,23 @@ class NDArray:
 
     def is_compact(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
-        return self.view.flags.c_contiguous
+        return self.form.is_compact
 
     def compact(self) -> NDArray:
         """The array itself where it is compact, else a compact copy."""
-        return self if self.is_compact() else self._view(np.ascontiguousarray(self.view))
+        return self if self.is_compact() else self.copy()
 
     def copy(self) -> NDArray:
-        return self._view(self.view.copy())
+        """A compact copy."""
+        return NDArray(self, self.device)
 
     def astype(self, dtype: Any) -> NDArray:
         """A copy in another dtype; floats to integers saturate, NaN gives 0."""
-        with np.errstate(all="ignore"):
-            found = cast(self.view, as_dtype(dtype))
-        return self._view(found.copy() if found is self.view else found)
+        return NDArray(self, self.device, dtype)
 
     def to(self, device: Device) -> NDArray:
         """The array on a device: itself where it is there already, else a copy."""
-        return self if device is self.device else NDArray(self.view, device)
+        return self if device is self.device else NDArray(self, device)
 
     def reshape(self, *shape: Any) -> NDArray:
         sizes = reshaped(self.shape, shape if len(shape) > 1 else shape[0])
@@ -230,16 +278,45 @@ class NDArray:
     __hash__ = object.__hash__
 
 
+def empty(form: Form) -> NDArray:
+    """An array of a compact form on new memory. What every result of an op begins with: nothing is
+    called here that can be written out."""
+    try:
+        block = form.pool.pop()
+    except IndexError:
+        block = new_block(form.pool, form.nbytes)
+    storage = NEW(Storage)
+    storage.block = block
+    storage.nbytes = form.nbytes
+    USAGE.live = live = USAGE.live + form.nbytes
+    if live > USAGE.mark:
+        USAGE.grow()
+    array = NEW(NDArray)
+    array.form = form
+    array.storage = storage
+    array.ptr = block.ptr
+    return array
+
+
+NEW: Any = object.__new__
+
+
+def export(array: NDArray) -> np.ndarray:
+    """A NumPy array on an NDArray's memory, which keeps it alive."""
+    found = np.asarray(Export(array.storage, array.form.interface(array.ptr)))
+    return found if found.dtype == array.form.dtype else found.view(array.form.dtype)
+
+
+def address(view: np.ndarray) -> int:
+    """Where a NumPy array's first element lies."""
+    return view.ctypes.data
+
+
 def as_views(x: Any) -> Any:
     """An argument in which NDArrays have become the NumPy arrays that share their memory."""
     if isinstance(x, (list, tuple)):
         return type(x)(map(as_views, x))
     return x.view if isinstance(x, NDArray) else x
-
-
-def compact_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Row-major strides, in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def as_host(array: Any, dtype: Any = None) -> np.ndarray:
@@ -254,12 +331,12 @@ def as_host(array: Any, dtype: Any = None) -> np.ndarray:
     else:
         found = from_lists(array)
         if dtype is None and found.dtype != np.bool_ and not holds_arrays(array):
-            dtype = np.float32
+            dtype = float32
         elif dtype is not None:
             check_bounds(found, as_dtype(dtype))
     if dtype is not None:
-        received = f"received an array of {found.dtype}"
-        expect(is_numeric(found), f"Tensor: expected real numbers; {received}", TypeError)
+        if not is_numeric(found):
+            raise TypeError(f"Tensor: expected real numbers; received an array of {found.dtype}")
         with np.errstate(all="ignore"):
             return cast(found, as_dtype(dtype))
     native = found.dtype.newbyteorder("=")
@@ -277,8 +354,9 @@ def from_lists(array: Any) -> np.ndarray:
         found = np.asarray(array)
     except ValueError:
         raise ValueError("Tensor: expected lists of equal lengths; received ragged ones") from None
-    received = f"{type(array).__name__} of {found.dtype}"
-    expect(is_numeric(found), f"Tensor: expected real numbers; received {received}", TypeError)
+    if not is_numeric(found):
+        received = f"{type(array).__name__} of {found.dtype}"
+        raise TypeError(f"Tensor: expected real numbers; received {received}")
     return found
 
 
@@ -304,9 +382,3 @@ def holds_arrays(array: Any) -> bool:
             return False
         array = array[0]
     return hasattr(array, "dtype")
-
-
-def shares(view: np.ndarray, array: Any) -> bool:
-    """Whether a converted array still looks into memory that is the caller's."""
-    fresh = isinstance(array, (list, tuple, int, float))
-    return not fresh and np.may_share_memory(view, np.asarray(array))

@@ -78,9 +78,11 @@ def reshaped(shape: tuple[int, ...], wanted: Any) -> tuple[int, ...]:
 def as_axis(name: str, axis: Any, ndim: int) -> int:
     """The axis counted from 0; negative ones count from the end."""
     try:
-        found = axis.__index__()
+        found: int = axis.__index__()
     except (TypeError, AttributeError):
         raise TypeError(f"{name}: expected an integer axis; received {axis!r}") from None
+    if 0 <= found < ndim:
+        return found
     if not -ndim <= found < ndim:
         bounds = f"between {-ndim} and {ndim - 1}" if ndim else "None (the input is a scalar)"
         raise ValueError(f"{name}: expected an axis {bounds}; received {axis}")
@@ -92,6 +94,8 @@ def as_axes(name: str, axes: Any, ndim: int) -> tuple[int, ...]:
     repeats."""
     if axes is None:
         return tuple(range(ndim))
+    if type(axes) is int:
+        return (as_axis(name, axes, ndim),)
     if isinstance(axes, Iterable):
         found = sorted(as_axis(name, axis, ndim) for axis in axes)
         if len(set(found)) != len(found):

@@ -5,4 +5,3 @@
 from needle.backend.device import (
     Device, all_devices, cpu, cpu_numpy, cuda, default_device, find_device,
 )
-from needle.backend.numpy import NumpyDevice

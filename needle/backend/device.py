@@ -1,14 +1,14 @@
 """Devices: where arrays live and ops compute. The interface, and the table of what there is. Next:
 numpy.py.
 
-A device runs one op at a time: `run(op, views, spec) -> view`, where views are the device's own
-strided arrays (on the CPU devices: NumPy arrays) and spec is what `op.infer` said of the result.
+A device runs one op at a time: `run(op, arrays, spec) -> array`, where arrays are NDArrays on it
+and spec is what `op.infer` said of the result.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,13 @@ class Device:
         """Whether arrays can live here on this machine."""
         return True
 
-    def run(self, op: Any, views: Sequence[Any], spec: Any) -> Any:
-        """The value of an op, as a view of this device (a tuple of views where spec is a tuple)."""
+    def run(self, op: Any, arrays: Sequence[Any], spec: Any) -> Any:
+        """The value of an op, as an NDArray, or a tuple of them where spec is a tuple."""
         raise NotImplementedError(f"{self.name}: expected another device here; use ndl.cpu()")
+
+    def plan(self, op: Any, arrays: Sequence[Any], spec: Any) -> Callable[..., Any]:
+        """A function of arrays of the same forms as these that gives the value of an op."""
+        return lambda *arrays: self.run(op, arrays, spec)
 
     # Host arrays with which initialisers begin, drawn from NumPy's global generator
 

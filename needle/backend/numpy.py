@@ -1,4 +1,4 @@
-"""The reference device: an op is computed by its own `compute`, on NumPy arrays.
+"""The reference device: an op is computed by its own `compute`, on NumPy arrays. Next: compiled.py.
 
 IEEE 754 is the rule: overflow, division by zero and invalid operations give infinities and NaNs,
 without warnings. float16 and bfloat16 are computed in float32 and rounded once per op.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from needle.array.ndarray import NDArray
 from needle.backend.device import DEVICES, Device
 from needle.dtype import LOW_PRECISION
 from needle.errors import expect
@@ -31,18 +32,15 @@ QUIET = Quiet()
 
 
 class NumpyDevice(Device):
-    """A device whose views are NumPy arrays in host memory."""
+    """A device that computes on NumPy arrays in host memory."""
 
     __tile_size__ = 8  # rows and columns of a tile of `matmul_tiled`
 
-    def run(self, op: Any, views: Sequence[np.ndarray], spec: Any) -> Any:
-        if not op.is_builtin:
-            found = op.compute(*views)
-        elif op.moves or not rounds(views, spec):
-            found = QUIET.context.run(op.compute, *views)
-        else:
-            return QUIET.context.run(compute_widened, op, views, spec)
-        return found if type(found) is np.ndarray else as_views(found)
+    def run(self, op: Any, arrays: Sequence[NDArray], spec: Any) -> Any:
+        found = compute(op, [array.view for array in arrays], spec)
+        if type(found) is tuple:
+            return tuple([NDArray.wrap(each, self, arrays) for each in found])
+        return NDArray.wrap(found, self, arrays)
 
     def matmul_tiled(self, a: Any, b: Any, out: Any, m: int, n: int, p: int) -> None:
         """out = a @ b, of sizes (m, n) and (n, p), written in place (the course's name).
@@ -56,6 +54,18 @@ class NumpyDevice(Device):
         left = a.view.reshape(m // t, n // t, t, t)
         right = b.view.reshape(n // t, p // t, t, t)
         np.einsum("mnij,npjk->mpik", left, right, out=out.view.reshape(m // t, p // t, t, t))
+
+
+def compute(op: Any, views: Sequence[np.ndarray], spec: Any) -> Any:
+    """An op's value by its own definition: a NumPy array, or a tuple of them. spec is what `infer`
+    said, None for a user's own op."""
+    if not op.is_builtin:
+        found = op.compute(*views)
+    elif op.moves or not rounds(views, spec):
+        found = QUIET.context.run(op.compute, *views)
+    else:
+        return QUIET.context.run(compute_widened, op, views, spec)
+    return found if type(found) is np.ndarray else as_views(found)
 
 
 def as_views(found: Any) -> Any:
@@ -82,5 +92,4 @@ def compute_widened(op: Any, views: Sequence[np.ndarray], spec: Any) -> Any:
     return rounded if many else rounded[0]
 
 
-DEVICES["cpu"] = NumpyDevice("cpu")
 DEVICES["cpu_numpy"] = NumpyDevice("cpu_numpy")

@@ -23,7 +23,7 @@ from functools import reduce
 from math import copysign, nan
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar, dataclass_transform
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from needle.array.ndarray import NDArray
 from needle.array.spec import Spec
 from needle.backend.device import Device, default_device
 from needle.dtype import FLOATS, DType, as_dtype
-from needle.errors import expect
+from needle.errors import TraceError, expect
 
 TENSOR_COUNTER = 0  # the number of live values
 LAZY_MODE = (
@@ -50,12 +50,14 @@ class Mode(threading.local):
     lazy = False  # whether they wait to be computed
     tracing = False  # whether they only describe a program, which nobody watches
     backward_of: Value | None = None  # the node whose gradient rule is running
+    trace: Any = None  # what notes all that a jitted function does, while it is traced
 
 
 MODE = Mode()
 
 
 RETAINED: WeakSet[Value] = WeakSet()  # results of ops whose `.grad` is wanted
+HOLDERS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # Modules, Optimizers, by their id
 
 
 class Hooks:
@@ -74,7 +76,7 @@ def is_lazy() -> bool:
 
 
 @contextmanager
-def mode(**settings: bool) -> Iterator[None]:
+def mode(**settings: Any) -> Iterator[None]:
     """Within the block this thread's Mode has other settings."""
     before = {name: getattr(MODE, name) for name in settings}
     MODE.__dict__.update(settings)
@@ -101,6 +103,8 @@ def lazy() -> AbstractContextManager[None]:
 
 # Ops
 
+History = Callable[[Sequence[Any]], tuple["Op", tuple[Any, ...]]]
+
 
 class Op:
     """What a node computes. Write `compute` and `gradient`; `infer` for clear errors and for
@@ -116,6 +120,7 @@ class Op:
     is_builtin = False
     moves = False  # only moves elements, so that low precision needs no rounding
     item: int | None = None  # of an op that takes one item of a TensorTuple: which
+    plans: dict[Any, Plan]  # of needle's own ops: by the forms of the operands
 
     def infer(self, *specs: Spec) -> Spec | tuple[Spec, ...]:
         with np.errstate(all="ignore"):
@@ -151,6 +156,16 @@ class Op:
             found = known[key] = self.infer(*map(Spec, key[::2], key[1::2]))
         return found
 
+    def history(self, arrays: Sequence[NDArray], spec: Any) -> History | None:
+        """How a node's op and inputs follow from the operands that were computed with; None where
+        they are the same."""
+        return None
+
+    def with_operand(self, spec: Any) -> tuple[Op, Any] | None:
+        """The same op with its number as an operand, and the number, where that gives the same
+        bits: numbers that change from call to call then share one kernel and its plan."""
+        return None
+
     def __call__(self, *inputs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__}: subclass TensorOp or TensorTupleOp")
 
@@ -164,7 +179,8 @@ class TensorOp(Op):
     """An op with one result."""
 
     def __call__(self, *inputs: Any) -> Tensor:
-        return Tensor.make_from_op(self, inputs)
+        found = replay(self, inputs)
+        return Tensor.make_from_op(self, inputs) if found is None else found
 
 
 class TensorTupleOp(Op):
@@ -185,7 +201,7 @@ def primitive(cls: AnyOp) -> AnyOp:
     Interned ops compare by identity, keep what `infer` said, and cost no dataclass. Scalars are
     equal if their type and bits are, so that 0.0, -0.0, 0 and False differ and NaN equals itself.
     """
-    made: dict[tuple[Any, ...], Any] = {}
+    made: dict[Any, Any] = {}
     # dataclass only collects the fields: writing methods by exec would cost 1 ms a class at import.
     frozen = dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
     defaults = {field.name: field.default for field in fields(frozen)}  # type: ignore[arg-type]
@@ -193,7 +209,7 @@ def primitive(cls: AnyOp) -> AnyOp:
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) != len(defaults) or kwargs:
             args = bind(cls.__name__, defaults, args, kwargs)
-        key = tuple(map(identity, args))
+        key = identity(args[0]) if len(args) == 1 else tuple(map(identity, args))
         try:
             op = made.get(key)
         except TypeError:
@@ -202,7 +218,7 @@ def primitive(cls: AnyOp) -> AnyOp:
             if len(made) >= 4096:
                 made.clear()
             op = made[key] = object.__new__(cls)
-            op.__dict__.update(zip(defaults, args, strict=True))
+            op.__dict__.update(zip(defaults, args, strict=True), plans={})
         return op
 
     def reduce(self: Any) -> tuple[Any, ...]:
@@ -252,6 +268,8 @@ def hashable(cls: type, field: Any) -> Any:
 def identity(field: Any) -> Any:
     """A key that tells scalars apart by type and bits."""
     kind = type(field)
+    if kind is tuple:
+        return field
     if kind is float:
         return (kind, field, copysign(1.0, field)) if field == field else (kind, nan)
     return (kind, field) if kind is int or kind is bool else field
@@ -297,18 +315,24 @@ class Value:
     def make_pending(cls, op: Op, inputs: tuple[Any, ...], spec: Any) -> Any:
         """A node that will be computed when its value is asked for, from what its inputs hold
         now."""
-        requires_grad = (
-            MODE.grad and carries_gradient(spec) and any(x.requires_grad for x in inputs)
-        )
-        value = cls._new(op, inputs, None, requires_grad)
+        value = cls._new(op, inputs, None, False)
         value.spec = spec
-        value.operands = tuple(x if x.cached_data is None else x.cached_data for x in inputs)
+        for x in inputs:
+            if x.requires_grad:
+                value.requires_grad = MODE.grad and carries_gradient(spec)
+                break
+        if MODE.trace is not None:
+            value.operands = MODE.trace.note(value, inputs)
+        else:
+            value.operands = tuple([x if x.cached_data is None else x.cached_data for x in inputs])
         if Hooks.create is not None and not MODE.tracing:
             Hooks.create(value)
         return value
 
     def realize_cached_data(self) -> Any:
         """The node's value, computed now if it was not."""
+        if MODE.trace is not None:
+            MODE.trace.check_read(self)
         if self.cached_data is None:
             realize(self)
         return self.cached_data
@@ -319,7 +343,7 @@ class Value:
 
 
 def carries_gradient(spec: Any) -> bool:
-    return any(each.is_float for each in flattened([spec]))
+    return any(each.is_float for each in spec) if type(spec) is tuple else spec.is_float
 
 
 def realize(value: Value) -> None:
@@ -330,8 +354,11 @@ def realize(value: Value) -> None:
         if node.cached_data is not None:
             stack.pop()
             continue
-        assert node.op is not None
-        assert node.operands is not None
+        if node.op is None or node.operands is None:
+            cure = "return it from the function, or keep its .item() after the call"
+            raise TraceError(
+                f"Tensor: expected a value; received one of a trace that ended; {cure}"
+            )
         waiting = [x for x in node.operands if isinstance(x, Value) and x.cached_data is None]
         if waiting:
             stack.extend(waiting)
@@ -353,20 +380,92 @@ def flattened(parts: Sequence[Any]) -> list[Any]:
 
 def evaluate(op: Op, arrays: Sequence[NDArray], spec: Any) -> Any:
     """The op's value on the device of its arrays, as an NDArray or a tuple of them."""
-    device = common_device(op, arrays)
-    view = device.run(op, [array.view for array in arrays], spec)
-    if type(view) is tuple:
-        return tuple(NDArray.wrap(each, device, arrays) for each in view)
-    return NDArray.wrap(view, device, arrays)
+    if op.is_builtin:
+        return plan_for(op, arrays, spec).call(*arrays)
+    return common_device(op, arrays).run(op, arrays, spec)
+
+
+class Plan:
+    """How one op is computed on operands of given forms, and what becomes of the result."""
+
+    __slots__ = ("call", "history", "is_float", "kind")
+
+    def __init__(self, op: Op, arrays: Sequence[NDArray], spec: Any) -> None:
+        self.call: Callable[..., Any] = common_device(op, arrays).plan(op, arrays, spec)
+        self.history = op.history(arrays, spec)
+        self.is_float = carries_gradient(spec)  # whether the result can carry a gradient
+        self.kind: Any = TensorTuple if type(spec) is tuple else Tensor
+
+
+def plan_for(op: Op, arrays: Sequence[NDArray], spec: Any = None) -> Plan:
+    """The plan of an op of needle's own, made at the first use of such operands."""
+    forms = tuple([x.form for x in arrays])
+    key: Any = forms[0] if len(forms) == 1 else forms
+    found = op.plans.get(key)
+    if found is None:
+        if spec is None:
+            spec = op.specs_of(tuple([part for x in forms for part in (x.shape, x.dtype)]))
+        if len(op.plans) >= 256:
+            op.plans.clear()
+        found = op.plans[key] = Plan(op, arrays, spec)
+    return found
+
+
+def replay(op: Op, inputs: Sequence[Any]) -> Any:
+    """The node of an op whose plan for such inputs is there; None where it is not, or where the
+    node must wait. The path of nearly every op in eager mode: written for speed."""
+    if LAZY_MODE or MODE.lazy:
+        return None
+    try:
+        if len(inputs) == 1:
+            x = inputs[0]
+            a = x.cached_data
+            plan = op.plans[a.form]
+        elif len(inputs) == 2:
+            x, y = inputs
+            a, b = x.cached_data, y.cached_data
+            plan = op.plans[a.form, b.form]
+        else:
+            arrays = [x.cached_data for x in inputs]
+            plan = op.plans[tuple([a.form for a in arrays])]
+    except (AttributeError, KeyError):  # arrays, tuples, values that are not computed; a user's op
+        return None
+    if len(inputs) == 1:
+        return make_node(op, inputs, plan, plan.call(a), x.requires_grad)
+    if len(inputs) == 2:
+        return make_node(op, inputs, plan, plan.call(a, b), x.requires_grad or y.requires_grad)
+    requires_grad = any([x.requires_grad for x in inputs])
+    return make_node(op, inputs, plan, plan.call(*arrays), requires_grad)
+
+
+def make_node(op: Op, inputs: Sequence[Any], plan: Plan, data: Any, requires_grad: bool) -> Any:
+    """The node of a computed value, with the history that it needs."""
+    global TENSOR_COUNTER
+    keeps = requires_grad and plan.is_float and MODE.grad
+    watched = Hooks.node is not None or Hooks.create is not None
+    if keeps or watched:
+        op, inputs = (op, tuple(inputs)) if plan.history is None else plan.history(inputs)
+    value = NEW(plan.kind)
+    value.op, value.inputs = (op, inputs) if keeps or watched else (None, ())
+    value.cached_data = data
+    value.requires_grad = keeps
+    value._grad = None
+    TENSOR_COUNTER += 1
+    if TENSOR_COUNTER >= Hooks.growth_at and Hooks.growth is not None:
+        Hooks.growth()
+    return announce(value) if watched else value
+
+
+NEW: Any = object.__new__
 
 
 def common_device(op: Op, arrays: Sequence[NDArray]) -> Device:
     """The one device of an op's inputs."""
     if not arrays:
         return default_device()
-    device = arrays[0].device
+    device = arrays[0].form.device
     for array in arrays:
-        if array.device is not device:
+        if array.form.device is not device:
             refuse_devices(op, arrays)
     return device
 
@@ -427,55 +526,25 @@ class Tensor(Value):
         else:
             device = array.device if isinstance(array, NDArray) and device is None else device
             self.cached_data = NDArray(array, device, dtype)
-        self.requires_grad = requires_grad and self.cached_data.view.dtype in FLOATS
+        self.requires_grad = requires_grad and self.cached_data.form.is_float
+        if MODE.trace is not None:
+            MODE.trace.make(self)
 
     @staticmethod
     def make_const(data: Any, requires_grad: bool = False) -> Tensor:
         """A leaf that shares the memory of an NDArray (of an array or a Tensor: converted)."""
         if not isinstance(data, NDArray):
             data = data.realize_cached_data() if isinstance(data, Value) else NDArray(data)
-        return Tensor._new(None, (), data, requires_grad and data.dtype in FLOATS)
+        found = Tensor._new(None, (), data, requires_grad and data.dtype in FLOATS)
+        if MODE.trace is not None:
+            MODE.trace.make(found)
+        return found
 
     @staticmethod
-    def make_from_op(
-        op: Op, inputs: Sequence[Any], spec: Any = None, operands: Any = None, kernel: Any = None
-    ) -> Tensor:
-        """The node of an op on inputs, computed now unless lazy.
-
-        Where the value comes cheaper from other tensors by another op (a - b without -b), those are
-        operands and kernel.
-        """
-        mode = MODE
-        if LAZY_MODE or mode.lazy:
-            values = as_values(inputs)
-            return Tensor.make_pending(
-                op, values, infer_pending(op, values) if spec is None else spec
-            )
-        arrays, views = [], []
-        key: list[Any] = []
-        requires_grad = False
-        for x in inputs if operands is None else operands:
-            data = getattr(x, "cached_data", None)
-            if type(data) is not NDArray:
-                return make_general(op, inputs, spec, operands, kernel)
-            view = data.view
-            arrays.append(data)
-            views.append(view)
-            key += (view.shape, view.dtype)
-            requires_grad = requires_grad or x.requires_grad
-        device = common_device(op, arrays)
-        if spec is None:
-            spec = op.specs_of(tuple(key))
-        view = device.run(op if kernel is None else kernel, views, spec)
-        data = NDArray.wrap(view, device, arrays)
-        if requires_grad:
-            is_float = view.dtype in FLOATS if spec is None else spec.is_float
-            requires_grad = mode.grad and is_float
-        if Hooks.node is None and Hooks.create is None:
-            if requires_grad:
-                return Tensor._new(op, tuple(inputs), data, True)
-            return Tensor._new(None, (), data, False)
-        return announce(Tensor._new(op, tuple(inputs), data, requires_grad))
+    def make_from_op(op: Op, inputs: Sequence[Any], spec: Any = None) -> Tensor:
+        """The node of an op on inputs, computed now unless lazy; spec: what `infer` says of it."""
+        found = replay(op, inputs)
+        return make_general(Tensor, op, as_values(inputs), spec) if found is None else found
 
     # What it holds
 
@@ -486,25 +555,32 @@ class Tensor(Value):
         found = self._grad
         if type(found) is NDArray:
             found = self._grad = Tensor._new(None, (), found, False)
+        if MODE.trace is not None:
+            MODE.trace.meet_gradient(self, reads=True)
         return found
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
+        if MODE.trace is not None:
+            MODE.trace.meet_gradient(self)
         self._grad = value
 
     @property
     def shape(self) -> tuple[int, ...]:
         data = self.cached_data
-        return self.spec.shape if data is None else data.view.shape
+        return self.spec.shape if data is None else data.form.shape
 
     @property
     def dtype(self) -> DType:
         data = self.cached_data
-        return self.spec.dtype if data is None else data.view.dtype
+        return self.spec.dtype if data is None else data.form.dtype
 
     @property
     def device(self) -> Device:
-        value: Any = self
+        value: Any = self.cached_data
+        if type(value) is NDArray:
+            return value.form.device
+        value = self
         while isinstance(value, Value) and value.cached_data is None:
             if not value.operands:
                 return default_device()
@@ -523,7 +599,7 @@ class Tensor(Value):
     @property
     def T(self) -> Tensor:
         """The tensor with its axes in reverse order."""
-        return OPS.permute(self, tuple(reversed(range(self.ndim))))
+        return OPS.permute(self, range(self.ndim)[::-1])
 
     @property
     def data(self) -> Tensor:
@@ -538,12 +614,15 @@ class Tensor(Value):
         if value.dtype != self.dtype:
             wrong = f"expected {self.dtype}; received {value.dtype}; convert with .astype(...)"
             raise TypeError(f"Tensor.data: {wrong}")
-        self.cached_data = value.realize_cached_data()
+        if MODE.trace is not None:
+            MODE.trace.write(self, value)
+        else:
+            self.cached_data = value.realize_cached_data()
 
     def detach(self) -> Tensor:
         """A tensor that shares this one's memory and requires no gradient."""
         data: NDArray | None = self.cached_data
-        if data is None:
+        if data is None or MODE.trace is not None:
             return OPS.stop_gradient(self)
         return Tensor._new(None, (), self.cached_data, False)
 
@@ -574,7 +653,7 @@ class Tensor(Value):
     def __deepcopy__(self, memo: Any) -> Tensor:
         received = "received one with history; copy its .data instead"
         expect(self.op is None, f"deepcopy: expected a leaf tensor; {received}")
-        return rebuild(type(self), self.cached_data.copy(), self.requires_grad)
+        return rebuild(type(self), self.realize_cached_data().copy(), self.requires_grad)
 
     def __len__(self) -> int:
         if not self.shape:
@@ -601,6 +680,8 @@ class Tensor(Value):
         return int(self.item())
 
     def __repr__(self) -> str:
+        if MODE.trace is not None:
+            return f"Tensor(traced, {self.dtype}{list(self.shape)})"
         values = np.array2string(
             self.numpy(), separator=", ", prefix="Tensor(", threshold=100, edgeitems=3
         )
@@ -636,6 +717,8 @@ class Tensor(Value):
             fits = out_grad.shape == self.shape
             expect(fits, f"backward: expected out_grad of shape {shapes}")
             out_grad = OPS.astype(out_grad, self.dtype)
+        if MODE.trace is not None:
+            MODE.trace.ran_backward = True
         compute_gradient_of_variables(self, out_grad)
         if Hooks.backward is not None:
             Hooks.backward()
@@ -678,10 +761,8 @@ class TensorTuple(Value):
 
     @staticmethod
     def make_from_op(op: Op, inputs: Sequence[Any]) -> TensorTuple:
-        inputs = as_values(inputs)
-        if is_lazy():
-            return TensorTuple.make_pending(op, inputs, infer_pending(op, inputs))
-        return compute_now(op, inputs)
+        found = replay(op, inputs)
+        return make_general(TensorTuple, op, as_values(inputs)) if found is None else found
 
     def __len__(self) -> int:
         return len(self.spec if self.cached_data is None else self.cached_data)
@@ -689,9 +770,10 @@ class TensorTuple(Value):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"TensorTuple: expected an index below {len(self)}; received {index}")
-        return OPS.tuple_get_item(self, index % len(self))
+        size = len(self)
+        if not -size <= index < size:
+            raise IndexError(f"TensorTuple: expected an index below {size}; received {index}")
+        return OPS.tuple_get_item(self, index % size)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
@@ -708,7 +790,10 @@ class TensorTuple(Value):
         return OPS.make_tuple(*(a + b for a, b in zip(self, other, strict=True)))
 
     def detach(self) -> TensorTuple:
-        return TensorTuple._new(None, (), self.realize_cached_data(), False)
+        data: Any = self.cached_data
+        if data is None:
+            return OPS.make_tuple(*[each.detach() for each in self])
+        return TensorTuple._new(None, (), data, False)
 
     def __repr__(self) -> str:
         return f"TensorTuple{self.tuple()}"
@@ -748,24 +833,19 @@ def as_values(inputs: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(x if isinstance(x, Value) else Tensor.make_const(x) for x in inputs)
 
 
-def make_general(op: Op, inputs: Sequence[Any], spec: Any, operands: Any, kernel: Any) -> Any:
-    """make_from_op where inputs are arrays, tuples, or values that are not computed yet."""
-    inputs = as_values(inputs)
-    for x in inputs if operands is None else operands:
-        if type(x.realize_cached_data()) is tuple:
-            return compute_now(op, inputs)
-    return Tensor.make_from_op(op, inputs, spec, operands, kernel)
-
-
-def compute_now(op: Op, inputs: tuple[Any, ...]) -> Any:
-    """A node computed at once: the general way, for tuples in and out."""
+def make_general(kind: Any, op: Op, inputs: tuple[Any, ...], spec: Any = None) -> Any:
+    """The node of an op on whatever values: lazy ones, tuples; the first with such operands."""
+    if is_lazy():
+        return kind.make_pending(op, inputs, infer_pending(op, inputs) if spec is None else spec)
     arrays = flattened([x.realize_cached_data() for x in inputs])
-    spec = op.specs_of(tuple([part for x in arrays for part in (x.view.shape, x.view.dtype)]))
+    requires_grad = any(x.requires_grad for x in inputs)
+    if op.is_builtin:
+        plan = plan_for(op, arrays, spec)
+        return make_node(op, inputs, plan, plan.call(*arrays), requires_grad)
     found = evaluate(op, arrays, spec)
-    floats = any(each.view.dtype in FLOATS for each in flattened([found]))
-    requires_grad = MODE.grad and floats and any(x.requires_grad for x in inputs)
-    kind: Any = TensorTuple if type(found) is tuple else Tensor
-    return announce(kind._new(op, inputs, found, requires_grad))
+    floats = any(each.form.is_float for each in flattened([found]))
+    kind = TensorTuple if type(found) is tuple else Tensor
+    return announce(kind._new(op, inputs, found, MODE.grad and floats and requires_grad))
 
 
 # Reverse mode
@@ -832,6 +912,8 @@ def compute_gradient_of_variables(output_tensor: Value, out_grad: Value) -> None
     finally:
         MODE.backward_of = before
     for node, grad in found:
+        if MODE.trace is not None:
+            MODE.trace.meet_gradient(node)
         node._grad = grad
 
 

@@ -179,6 +179,8 @@ class GrowthDetector:
         """A backward() is done, or STEP_VALUES more values live."""
         live = autograd.TENSOR_COUNTER
         Hooks.growth_at = max(live, self.high) + STEP_VALUES
+        if MODE.trace is not None:
+            return  # a trace grows to its end, and is dropped
         self.step += 1
         if live <= self.high:
             self.quiet += 1
@@ -232,7 +234,8 @@ class GrowthDetector:
                     again[origin[1]] += origin[1] == site
         roots = Counter(site for x, site in old.items() if x not in inner and not site.backward)
         found = (+again or read or roots).most_common(1)
-        return found[0][0] if found else None
+        # A value of every step is a graph that grows; fewer are what somebody keeps on purpose.
+        return found[0][0] if found and found[0][1] >= PATIENCE else None
 
 
 DETECTOR = GrowthDetector()

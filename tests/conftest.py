@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from needle import autograd
 from needle.autograd import MODE
+from needle.debug import DETECTOR
 from needle.init.random import Source
 
 settings.register_profile(
@@ -23,11 +24,16 @@ settings.register_profile(
 settings.load_profile("needle")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
     """NumPy's generator seeded before each test; needle's switches as they were after it."""
     np.random.seed(0)
     Source.generator = None
+    DETECTOR.forget()  # what other tests left is not this one's growth
     yield
     Source.generator = None
     switches = autograd.LAZY_MODE, MODE.lazy, MODE.tracing, MODE.grad

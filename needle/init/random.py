@@ -17,7 +17,7 @@ import numpy as np
 
 from needle.array.ndarray import NDArray
 from needle.array.spec import as_shape
-from needle.autograd import Tensor, no_grad
+from needle.autograd import MODE, Tensor, no_grad
 from needle.backend.device import Device, default_device
 from needle.dtype import FLOATS, DType, as_dtype, float32, float64, int64
 from needle.errors import expect
@@ -28,8 +28,9 @@ from needle.ops.random import RandomUniform
 class Generator:
     """Draws from Philox at (key, counter); the state is a Tensor and part of a checkpoint."""
 
-    def __init__(self, seed: int) -> None:
-        self.state = Tensor(np.array([seed, 0], np.int64), requires_grad=False)
+    def __init__(self, seed: int, device: Device | None = None) -> None:
+        start = np.array([seed, 0], np.int64)
+        self.state = Tensor(start, device=device, requires_grad=False)
         self.lock = threading.Lock()  # two threads shall not draw the same numbers
 
     def uniform(self, shape: tuple[int, ...], dtype: Any, device: Device) -> Tensor:
@@ -65,12 +66,21 @@ def seed(n: int) -> None:
     is_integer = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
     expect(is_integer, f"seed: expected an integer; received {n!r}", TypeError)
     expect(-(2**63) <= n < 2**63, f"seed: expected an integer of 64 bits; received {n}")
-    Source.generator = Generator(int(n))
+    if Source.generator is None:
+        Source.generator = Generator(int(n))
+    else:
+        Source.generator.state.data = np.array([int(n), 0], np.int64)
 
 
 def generator() -> Generator | None:
     """The generator that `seed` began, or None where NumPy's global state is used."""
     return Source.generator
+
+
+def drawing(device: Device) -> Generator | None:
+    """Where the next draw comes from; a jitted function's own generator where NumPy's global one
+    would bake its numbers in."""
+    return Source.generator if MODE.trace is None else MODE.trace.generator(device)
 
 
 @dataclass
@@ -115,26 +125,29 @@ def rand(*shape: Any, low: float = 0.0, high: float = 1.0, **placement: Any) -> 
     """Uniform numbers in [low, high); device, dtype and requires_grad by name."""
     place, sizes = Placement(**placement), as_sizes("rand", shape)
     dtype = place.float("rand")
-    if Source.generator is None:
+    source = drawing(place.device)
+    if source is None:
         return place.tensor(place.device.rand(*sizes) * (high - low) + low)
-    return place.tensor(Source.generator.uniform(sizes, dtype, place.device) * (high - low) + low)
+    return place.tensor(source.uniform(sizes, dtype, place.device) * (high - low) + low)
 
 
 def randn(*shape: Any, mean: float = 0.0, std: float = 1.0, **placement: Any) -> Tensor:
     """Numbers from a normal distribution; device, dtype and requires_grad by name."""
     place, sizes = Placement(**placement), as_sizes("randn", shape)
     dtype = place.float("randn")
-    if Source.generator is None:
+    source = drawing(place.device)
+    if source is None:
         return place.tensor(place.device.randn(*sizes) * std + mean)
-    return place.tensor(Source.generator.normal(sizes, dtype, place.device) * std + mean)
+    return place.tensor(source.normal(sizes, dtype, place.device) * std + mean)
 
 
 def randb(*shape: Any, p: float = 0.5, dtype: Any = "bool", **placement: Any) -> Tensor:
     """True with probability p: where a uniform number is at most p."""
     place, sizes = Placement(dtype=dtype, **placement), as_sizes("randb", shape)
-    if Source.generator is None:
+    source = drawing(place.device)
+    if source is None:
         return place.tensor(place.device.randb(*sizes, p=p))
-    return place.tensor(less_equal(Source.generator.uniform(sizes, float32, place.device), p))
+    return place.tensor(less_equal(source.uniform(sizes, float32, place.device), p))
 
 
 def randint(
@@ -143,15 +156,17 @@ def randint(
     """Integers from low to high - 1, all equally likely."""
     expect(low < high, f"randint: expected low < high; received {low} and {high}")
     place, sizes = Placement(device, dtype), as_shape("randint", shape)
-    if Source.generator is None:
+    source = drawing(place.device)
+    if source is None:
         return place.tensor(np.random.randint(low, high, sizes))
-    drawn = Source.generator.uniform(sizes, float64, place.device)
+    drawn = source.uniform(sizes, float64, place.device)
     return place.tensor(floor(drawn * (high - low)) + low)
 
 
 def permutation(n: int, *, device: Any = None) -> Tensor:
     """The integers below n in random order."""
     place = Placement(device, int64)
-    if Source.generator is None:
+    source = drawing(place.device)
+    if source is None:
         return place.tensor(np.random.permutation(n))
-    return argsort(Source.generator.uniform((n,), float64, place.device))
+    return argsort(source.uniform((n,), float64, place.device))

@@ -16,7 +16,7 @@ from traceback import walk_stack
 from typing import Any, NamedTuple, Self, dataclass_transform
 
 from needle.array.ndarray import NDArray
-from needle.autograd import Tensor
+from needle.autograd import HOLDERS, MODE, Tensor
 from needle.backend.device import Device
 from needle.dtype import FLOATS, INTEGERS, DType, as_dtype
 
@@ -143,12 +143,19 @@ class Module:
     unnamed: str = ""  # the attribute whose items are named by their index alone
     _hooks: tuple[Handle, ...] = ()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        module = object.__new__(cls)
+        HOLDERS[id(module)] = module
+        return module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output for inputs."""
         raise NotImplementedError(f"{type(self).__name__}: forward is not written")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward; an error's message names the module below that raised it."""
+        if MODE.trace is not None:
+            MODE.trace.enter(self)
         try:
             if self._hooks:
                 return run_hooked(self, args, kwargs)

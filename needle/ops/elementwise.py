@@ -17,12 +17,24 @@ import numpy as np
 import needle.dtype as dtypes
 from needle.array.ndarray import NDArray
 from needle.array.spec import Spec, broadcast_shapes
-from needle.autograd import OPS, Tensor, TensorOp, Value, is_lazy, no_grad, op_name, primitive
+from needle.autograd import (
+    OPS,
+    History,
+    Tensor,
+    TensorOp,
+    Value,
+    identity,
+    is_lazy,
+    no_grad,
+    op_name,
+    primitive,
+    replay,
+)
 from needle.backend.device import default_device
 from needle.dtype import DTYPES, FLOATS, INTEGERS, DType, bool_, float64, int64
-from needle.errors import expect
 
 Scalar = bool | int | float
+NUMBERS = frozenset({bool, int, float})
 Operand = Any  # a Tensor, or what becomes one: an array, a list, a scalar
 
 
@@ -37,8 +49,16 @@ def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
     return Tensor.make_const(x)
 
 
+def as_operand(x: Any, like: Tensor | None) -> Any:
+    """x as a Python number where it is or holds one, else as a Tensor."""
+    found = as_scalar(x)
+    return as_tensor(x, like) if found is None else found
+
+
 def as_scalar(x: Any) -> Scalar | None:
     """The Python number that x is or holds (a NumPy scalar, a one-element array), else None."""
+    if type(x) in NUMBERS:
+        return x
     if isinstance(x, np.generic) or (isinstance(x, np.ndarray) and x.shape in ((), (1,))):
         x = x.item()
     return x if isinstance(x, (int, float)) else None
@@ -46,7 +66,10 @@ def as_scalar(x: Any) -> Scalar | None:
 
 def first_tensor(inputs: Sequence[Any]) -> Tensor | None:
     """The input on whose device constants among the inputs belong."""
-    return next((x for x in inputs if isinstance(x, Tensor)), None)
+    for x in inputs:
+        if isinstance(x, Tensor):
+            return x
+    return None
 
 
 def as_float(x: Operand) -> Tensor:
@@ -83,32 +106,44 @@ class Elementwise(TensorOp):
     instead: DType = float64
 
     def __call__(self, *inputs: Operand) -> Tensor:
-        try:
-            left, right = inputs[0].cached_data.view, inputs[-1].cached_data.view
-            if len(inputs) < 3 and left.dtype == right.dtype and left.dtype in self.takes:
-                if left.shape == right.shape:
-                    return Tensor.make_from_op(self, inputs)
-                return apply_aligned(self, inputs)
-        except AttributeError:  # not a Tensor, or one that is not computed yet
-            pass
-        return apply_aligned(self, self.mix(inputs))
+        found = replay(self, inputs)
+        if found is not None:
+            return found
+        mixed = self.mix(inputs)
+        found = replay(self, mixed)
+        return apply_aligned(self, mixed) if found is None else found
+
+    def history(self, arrays: Sequence[NDArray], spec: Any) -> History | None:
+        """Operands of other shapes are inputs by way of BroadcastTo nodes, which are left
+        uncomputed: the op broadcasts as it reads."""
+        shape = spec.shape
+        if all(x.shape == shape for x in arrays):
+            return None
+        spread = spreading(arrays, shape)
+        return lambda inputs: (self, spread(inputs))
 
     def mix(self, inputs: Sequence[Operand], like: Tensor | None = None) -> list[Tensor]:
         """The operands as Tensors of one dtype, on the device of `like` or of the first Tensor."""
         like = first_tensor(inputs) if like is None else like
-        parts: list[Any] = [
-            as_tensor(x, like) if as_scalar(x) is None else as_scalar(x) for x in inputs
-        ]
-        if not any(isinstance(x, Tensor) for x in parts):
+        parts = [x if isinstance(x, Tensor) else as_operand(x, like) for x in inputs]
+        if not any([isinstance(x, Tensor) for x in parts]):
             parts = [as_tensor(x, like) for x in inputs]
-        dtype = dtypes.promote(op_name(self), *(x.dtype for x in parts if isinstance(x, Tensor)))
-        for x in parts:
-            dtype = dtype if isinstance(x, Tensor) else dtypes.scalar_dtype(dtype, x)
-        dtype = dtype if dtype in self.takes else self.instead
+        kinds = tuple([x.dtype if isinstance(x, Tensor) else type(x) for x in parts])
+        known = self.__dict__.setdefault("mixed", {})
+        dtype = known.get(kinds)
+        if dtype is None:
+            dtype = known[kinds] = self.mixed_dtype(kinds)
         return [
-            astype(x, dtype) if isinstance(x, Tensor) else constant(x, dtype, like, op_name(self))
+            astype(x, dtype) if isinstance(x, Tensor) else constant(x, dtype, like, self)
             for x in parts
         ]
+
+    def mixed_dtype(self, kinds: Sequence[Any]) -> DType:
+        """The dtype for operands of given dtypes, and types of numbers."""
+        dtype = dtypes.promote(op_name(self), *[kind for kind in kinds if kind not in NUMBERS])
+        for kind in kinds:
+            dtype = dtypes.scalar_dtype(dtype, kind()) if kind in NUMBERS else dtype
+        return dtype if dtype in self.takes else self.instead
 
     def infer(self, *specs: Spec) -> Spec:
         name, count = op_name(self), getattr(self.compute, "nin", len(specs))
@@ -127,16 +162,12 @@ class Elementwise(TensorOp):
 
 
 def apply_aligned(op: TensorOp, inputs: Sequence[Tensor]) -> Tensor:
-    """The node of an elementwise op on inputs broadcast together.
-
-    The BroadcastTo nodes are left uncomputed: the op broadcasts as it reads.
-    """
+    """The node of an elementwise op on inputs broadcast together."""
     shape = broadcast_shapes(op_name(op), *[x.shape for x in inputs])
     spec = op.specs_of(tuple([part for x in inputs for part in (shape, x.dtype)]))
-    spread = inputs
-    if is_lazy() or any(x.requires_grad for x in inputs):
-        spread = [repeated(x, shape) for x in inputs]
-    return Tensor.make_from_op(op, spread, spec, inputs)
+    if is_lazy():
+        inputs = [repeated(x, shape) for x in inputs]
+    return Tensor.make_from_op(op, inputs, spec)
 
 
 def repeated(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -144,6 +175,22 @@ def repeated(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if x.shape == shape:
         return x
     return Tensor.make_pending(BroadcastTo(shape), (x,), Spec(shape, x.dtype))
+
+
+def spreading(arrays: Sequence[NDArray], shape: tuple[int, ...]) -> Callable[..., Any]:
+    """`repeated` for the inputs of a node, whose specs are those of arrays."""
+    if all(x.shape == shape for x in arrays):
+        return tuple
+    op = BroadcastTo(shape)
+    specs = [None if x.shape == shape else Spec(shape, x.dtype) for x in arrays]
+
+    def spread(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        pairs = zip(inputs, specs, strict=True)
+        return tuple(
+            [x if spec is None else Tensor.make_pending(op, (x,), spec) for x, spec in pairs]
+        )
+
+    return spread
 
 
 @primitive
@@ -197,6 +244,8 @@ class Cast(TensorOp):
 def astype(x: Operand, dtype: Any) -> Tensor:
     """x in another dtype (x itself where it has it already)."""
     x = as_tensor(x)
+    if x.dtype is dtype:
+        return x
     dtype = dtypes.as_dtype(dtype)
     return x if x.dtype == dtype else Tensor.make_from_op(Cast(dtype), (x,))
 
@@ -246,24 +295,50 @@ class Subtract(Arithmetic):
     """y = a - b: the kernel behind EWiseAdd(a, Negate(b)), which spares -b. Not an op of the
     graph."""
 
+    name = "subtract"
+
     compute = by_numpy(np.subtract)
+
+    def __call__(self, *inputs: Operand) -> Tensor:
+        if not is_lazy():
+            return super().__call__(*inputs)
+        a, b = self.mix(inputs)
+        spec = Spec(broadcast_shapes(self.name, a.shape, b.shape), a.dtype)
+        op, operands = as_addition([repeated(x, spec.shape) for x in (a, b)], spec)
+        return Tensor.make_from_op(op, operands, spec)
+
+    def history(self, arrays: Sequence[NDArray], spec: Any) -> History:
+        spread = spreading(arrays, spec.shape)
+        return lambda inputs: as_addition(spread(inputs), spec)
+
+
+def as_addition(inputs: Sequence[Tensor], spec: Spec) -> tuple[TensorOp, tuple[Tensor, ...]]:
+    """a - b in the graph: a + (-b), where the value of -b is not computed."""
+    a, b = inputs
+    return ADD, (a, Tensor.make_pending(negate, (b,), spec))
 
 
 class WithScalar(Elementwise):
     """An elementwise op on x and a number, which must fit x's dtype."""
 
     scalar: Scalar
+    binary: type[TensorOp] | None = None  # the same op with an operand in the number's place
 
     def infer(self, x: Spec) -> Spec:
         check_fits(op_name(self), self.scalar, x.dtype)
         return x
+
+    def with_operand(self, spec: Spec) -> tuple[TensorOp, Scalar] | None:
+        if self.binary is None or spec.is_low_precision:  # which computes with a float32 number
+            return None
+        return self.binary(), self.scalar
 
 
 @primitive
 class AddScalar(WithScalar):
     """y = x + scalar;  dx = dy"""
 
-    name = "add_scalar"
+    name, binary = "add_scalar", EWiseAdd
     scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
@@ -287,7 +362,7 @@ class EWiseMul(Elementwise):
 class MulScalar(WithScalar):
     """y = x * scalar;  dx = dy * scalar"""
 
-    name = "mul_scalar"
+    name, binary = "mul_scalar", EWiseMul
     scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
@@ -313,7 +388,7 @@ class EWiseDiv(Elementwise):
 class DivScalar(WithScalar):
     """y = x / scalar;  dx = dy / scalar"""
 
-    name = "divide_scalar"
+    name, binary = "divide_scalar", EWiseDiv
     scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
@@ -373,22 +448,28 @@ class PowerScalar(WithScalar):
 
 def check_fits(name: str, scalar: Scalar, dtype: DType) -> None:
     """Refuse a scalar that a dtype cannot hold; floats hold any, rounded or infinite."""
-    bounds = np.iinfo(dtype) if dtype in INTEGERS else np.finfo(np.float64)
-    whole = isinstance(scalar, int)
-    fits = int(bounds.min) <= scalar <= int(bounds.max) if whole else dtype in FLOATS
+    if isinstance(scalar, int):
+        bounds = np.iinfo(dtype) if dtype in INTEGERS else np.finfo(np.float64)
+        fits = int(bounds.min) <= scalar <= int(bounds.max)
+    else:
+        fits = dtype in FLOATS
     if not fits:
         raise ValueError(f"{name}: expected a scalar that fits {dtype}; received {scalar}")
 
 
 def with_scalar(kind: Any, x: Operand, scalar: Any) -> Tensor:
     """The node of an op with a scalar, on x in the dtype that the two have together."""
-    found = as_scalar(scalar)
+    found = scalar if type(scalar) is float else as_scalar(scalar)
     if found is None:
         raise TypeError(f"{kind.name}: expected a number; received {scalar!r}")
+    op = kind(found)
+    known = replay(op, (x,))
+    if known is not None:
+        return known
     x = as_tensor(x)
     if x.dtype not in FLOATS:
         x = astype(x, dtypes.scalar_dtype(x.dtype, found))
-    return Tensor.make_from_op(kind(found), (x,))
+    return Tensor.make_from_op(op, (x,))
 
 
 def add(a: Operand, b: Operand) -> Tensor:
@@ -412,13 +493,7 @@ def subtract(a: Operand, b: Operand) -> Tensor:
         return with_scalar(AddScalar, a, -b if b or type(b) is float else -0.0)  # x - 0 keeps -0
     if type(a) in SCALARS and isinstance(b, Tensor) and b.dtype in FLOATS:
         return with_scalar(AddScalar, negate(b), a)
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype != bool_):
-        a, b = SUBTRACT.mix((a, b))
-    shape = a.shape if a.shape == b.shape else broadcast_shapes("subtract", a.shape, b.shape)
-    spec, operands = Spec(shape, a.dtype), (a, b)
-    if is_lazy() or a.requires_grad or b.requires_grad:
-        a, b = repeated(a, shape), Tensor.make_pending(negate, (repeated(b, shape),), spec)
-    return Tensor.make_from_op(ADD, (a, b), spec, operands, SUBTRACT)
+    return SUBTRACT(a, b)
 
 
 def multiply(a: Operand, b: Operand) -> Tensor:
@@ -460,13 +535,20 @@ def power_scalar(x: Operand, scalar: Scalar) -> Tensor:
     return with_scalar(PowerScalar, astype(x, int64) if x.dtype == bool_ else x, scalar)
 
 
-def constant(scalar: Scalar, dtype: DType, like: Tensor | None, name: str) -> Tensor:
-    """A scalar as a 0-d tensor on the device of `like`; `name` is the op that asks."""
-    check_fits(name, scalar, dtype)
+def constant(scalar: Scalar, dtype: DType, like: Tensor | None, op: TensorOp) -> Tensor:
+    """A scalar as a 0-d tensor on the device of `like`; `op` is what asks."""
     device = default_device() if like is None else like.device
-    if -6e4 < scalar < 6e4:
-        return Tensor.make_const(NDArray.wrap(np.asarray(scalar, dtype), device))
-    return Tensor.make_const(NDArray(scalar, device, dtype))  # infinite, perhaps, without a warning
+    key = (identity(scalar), dtype, device)
+    found = CONSTANTS.get(key)
+    if found is None:
+        check_fits(op_name(op), scalar, dtype)
+        if len(CONSTANTS) >= 4096:
+            CONSTANTS.clear()
+        found = CONSTANTS[key] = NDArray(scalar, device, dtype)
+    return Tensor.make_const(found)
+
+
+CONSTANTS: dict[tuple[Any, ...], NDArray] = {}  # that nobody writes into
 
 
 @primitive
@@ -599,14 +681,14 @@ class Erf(FloatUnary):
 
 @primitive
 class ReLU(Arithmetic):
-    """y = max(x, 0), NaN stays NaN;  dx = dy where x > 0, else 0"""
+    """y = max(x, 0), NaN stays NaN;  dx = dy where y > 0, else 0"""
 
     name = "relu"
 
     # -0 + 0 is +0
     compute = by_numpy(lambda x: np.maximum(x, x.dtype.type(0)) + x.dtype.type(0))
 
-    gradient = rule(lambda dy, y, x: dy * astype(x > 0, dy.dtype))
+    gradient = rule(lambda dy, y, x: dy * astype(y > 0, dy.dtype))
 
 
 class Rounding(Arithmetic):
@@ -814,11 +896,11 @@ def clip(x: Operand, low: Scalar | None = None, high: Scalar | None = None) -> T
     """x brought into [low, high]; None leaves a side open"""
     x, bounds = as_tensor(x), [as_scalar(low), as_scalar(high)]
     for given, bound in zip((low, high), bounds, strict=True):
-        fits = (given is None) == (bound is None)
-        expect(fits, f"clip: expected numbers or None; received {given!r}", TypeError)
         if bound is not None:
             x = astype(x, dtypes.scalar_dtype(x.dtype, bound))
             check_fits("clip", bound, x.dtype)
+        elif given is not None:
+            raise TypeError(f"clip: expected numbers or None; received {given!r}")
     if bounds[0] is not None and bounds[1] is not None and not bounds[0] <= bounds[1]:
         raise ValueError(f"clip: expected low <= high; received low={low}, high={high}")
     return Clip(*bounds)(x)

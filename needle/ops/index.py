@@ -19,7 +19,7 @@ from needle.autograd import Tensor, TensorOp, primitive
 from needle.dtype import FLOATS, INTEGERS, as_dtype, bool_, float32, int64
 from needle.errors import expect
 from needle.ops.elementwise import Operand, as_tensor, astype, equal, where
-from needle.ops.movement import Slice, flip, on_axis, split, widen, without
+from needle.ops.movement import Slice, flip, on_axis, reshape, split, widen, without
 
 
 def check_range(name: str, indices: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
@@ -141,7 +141,13 @@ def scatter_add(x: Operand, axis: int, index: Operand, source: Operand) -> Tenso
 
 def getitem(x: Tensor, index: Any) -> Tensor:
     """x[index], as in NumPy: integers, slices, None, ..., integer arrays, boolean masks."""
-    items = [as_item(item, x) for item in (index if isinstance(index, tuple) else (index,))]
+    items = list(index) if isinstance(index, tuple) else [index]
+    ndim = x.ndim
+    if len(items) <= ndim and all([type(item) in (int, slice) for item in items]):
+        return basic_index(x, items)
+    if isinstance(index, Tensor) and index.dtype in INTEGERS and ndim:
+        return Gather(0)(x, index)
+    items = [as_item(item, x) for item in items]
     items = expand_masks(expand_ellipsis(items, x), x)
     if not any(isinstance(item, Tensor) for item in items):
         return basic_index(x, items)
@@ -197,14 +203,15 @@ def expand_masks(items: list[Any], x: Tensor) -> list[Any]:
 
 
 def basic_index(x: Tensor, items: list[Any]) -> Tensor:
-    """x indexed by integers, slices and Nones."""
+    """x indexed by integers, slices and Nones; whole along the axes that none is left for."""
+    sizes = x.shape
     ranges: list[tuple[int, int, int]] = []
     shape: list[int] = []
     for item in items:
         if item is None:
             shape.append(1)
             continue
-        axis, size = len(ranges), x.shape[len(ranges)]
+        size = sizes[len(ranges)]
         if isinstance(item, slice):
             start, stop, step = item.indices(size)
             shape.append(len(range(start, stop, step)))
@@ -212,11 +219,14 @@ def basic_index(x: Tensor, items: list[Any]) -> Tensor:
         elif -size <= item < size:
             ranges.append((item % size, 1, 1))
         else:
-            below = f"below {size} for axis {axis}; received {item}"
+            below = f"below {size} for axis {len(ranges)}; received {item}"
             raise IndexError(f"getitem: expected an index {below}")
-    if ranges != [(0, size, 1) for size in x.shape]:
+    rest = sizes[len(ranges) :]
+    shape += rest
+    if any([each != (0, size, 1) for each, size in zip(ranges, sizes, strict=False)]):
+        ranges += [(0, size, 1) for size in rest]
         x = Slice(tuple(ranges))(x)
-    return x if x.shape == tuple(shape) else x.reshape(shape)
+    return x if x.shape == tuple(shape) else reshape(x, shape)
 
 
 def advanced_index(x: Tensor, items: list[Any]) -> Tensor:

@@ -197,12 +197,16 @@ def class_loss(
     more = () if weight is None else (astype(as_tensor(weight, x).detach(), x.dtype),)
     loss = ClassLoss(name, ignore_index, smoothing, reduction)(x, labels, *more)
     if labels.cached_data is not None:
-        values, classes = labels.numpy(), x.shape[class_axis(x)]
-        bad = values[(values < 0) | (values >= classes)]
-        bad = bad[bad != ignore_index]
-        if bad.size:
-            raise ValueError(f"{name}: expected labels from 0 to {classes - 1}; received {bad[0]}")
+        check_labels(name, labels.numpy(), x.shape[class_axis(x)], ignore_index)
     return loss
+
+
+def check_labels(name: str, labels: np.ndarray, classes: int, ignore_index: int) -> None:
+    if not labels.size or labels.view(np.uint64).max() < classes:  # negative ones are huge
+        return
+    bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
+    if bad.size:
+        raise ValueError(f"{name}: expected labels from 0 to {classes - 1}; received {bad[0]}")
 
 
 def cross_entropy(

@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 
 from needle.array.spec import Spec, as_axes, as_axis, as_shape, reshaped
-from needle.autograd import Tensor, TensorOp, TensorTuple, TensorTupleOp, primitive
+from needle.autograd import Tensor, TensorOp, TensorTuple, TensorTupleOp, primitive, replay
 from needle.dtype import promote
 from needle.errors import expect
 from needle.ops.composite import Composite
-from needle.ops.elementwise import BroadcastTo, Operand, Scalar, as_tensor, astype, check_fits
+from needle.ops.elementwise import (
+    BroadcastTo,
+    Operand,
+    Scalar,
+    as_tensor,
+    astype,
+    check_fits,
+    first_tensor,
+)
 
 
 def without(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
@@ -90,7 +98,8 @@ class Permute(Movement):
 def permute(x: Operand, order: Sequence[int]) -> Tensor:
     """x with its axes in another order."""
     x = as_tensor(x)
-    return Permute(tuple(as_axis("permute", axis, x.ndim) for axis in order))(x)
+    ndim = x.ndim
+    return Permute(tuple([as_axis("permute", axis, ndim) for axis in order]))(x)
 
 
 @primitive
@@ -297,10 +306,16 @@ def undilate(x: Operand, axes: Any, dilation: int) -> Tensor:
 def same_dtypes(name: str, tensors: Sequence[Operand]) -> list[Tensor]:
     """The inputs of a joining op as Tensors of one dtype."""
     expect(len(tensors), f"{name}: expected at least one tensor; received none")
-    first = next((x for x in tensors if isinstance(x, Tensor)), None)
+    first = first_tensor(tensors)
     found = [as_tensor(x, first) for x in tensors]
-    dtype = promote(name, *(x.dtype for x in found))
+    dtype = promote(name, *[x.dtype for x in found])
     return [astype(x, dtype) for x in found]
+
+
+def rejoined(kind: Any, tensors: Sequence[Operand], axis: Any) -> Tensor | None:
+    """The node of a joining op where Tensors like these were joined before."""
+    is_list = isinstance(tensors, (list, tuple)) and type(axis) is int
+    return replay(kind(axis), tensors) if is_list else None
 
 
 @primitive
@@ -326,6 +341,9 @@ class Concatenate(Movement):
 
 def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """The tensors one after the other along an axis."""
+    known = rejoined(Concatenate, tensors, axis)
+    if known is not None:
+        return known
     found = same_dtypes("concatenate", tensors)
     return Concatenate(as_axis("concatenate", axis, found[0].ndim))(*found)
 
@@ -356,6 +374,9 @@ class Stack(Movement):
 
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Tensors of one shape side by side along a new axis."""
+    known = rejoined(Stack, tensors, axis)
+    if known is not None:
+        return known
     found = same_dtypes("stack", tensors)
     return Stack(as_axis("stack", axis, found[0].ndim + 1))(*found)
 

@@ -31,7 +31,8 @@ def with_ones(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def pick_axes(name: str, x: Tensor, axes: Any, axis: Any) -> tuple[int, ...]:
     """The axes to reduce, from either spelling."""
-    expect(axes is None or axis is None, f"{name}: expected axes or axis, not both", TypeError)
+    if axes is not None and axis is not None:
+        raise TypeError(f"{name}: expected axes or axis, not both")
     return as_axes(name, axis if axes is None else axes, x.ndim)
 
 

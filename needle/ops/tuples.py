@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from needle.array.spec import Spec
-from needle.autograd import Tensor, TensorOp, TensorTuple, TensorTupleOp, primitive
+from needle.autograd import (
+    MODE,
+    Tensor,
+    TensorOp,
+    TensorTuple,
+    TensorTupleOp,
+    announce,
+    is_lazy,
+    primitive,
+)
 
 
 @primitive
@@ -70,9 +79,12 @@ def tuple_get_item(x: TensorTuple, index: int) -> Tensor:
     """One item of a TensorTuple."""
     if isinstance(x.op, MakeTensorTuple):
         return x.inputs[index]  # type: ignore[return-value]
-    if x.op is None and x.cached_data is not None:
-        return Tensor.make_const(x.cached_data[index])
-    return TupleGetItem(index)(x)
+    if x.cached_data is None or MODE.trace is not None or (x.op is not None and is_lazy()):
+        return TupleGetItem(index)(x)
+    data = x.cached_data[index]
+    if x.requires_grad and data.form.is_float and MODE.grad:
+        return announce(Tensor._new(TupleGetItem(index), (x,), data, True))
+    return Tensor.make_const(data)
 
 
 def fused_add_scalars(x: Tensor, c0: float, c1: float) -> TensorTuple:

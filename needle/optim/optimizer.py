@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from needle.array.ndarray import NDArray
-from needle.autograd import Tensor, no_grad
+from needle.autograd import HOLDERS, Tensor, no_grad
 from needle.backend.device import Device
 from needle.init import zeros
 from needle.ops.update import working_dtype
@@ -93,6 +93,11 @@ class Optimizer:
     ValueError, TypeError: parameters that are missing, given twice, not leaves, on several devices
     or need no gradient; options out of range.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        optimizer = object.__new__(cls)
+        HOLDERS[id(optimizer)] = optimizer
+        return optimizer
 
     def __init__(self, params: Params, lr: float = 0.01, **options: Any) -> None:
         self.name = type(self).__name__

@@ -11,8 +11,15 @@ import math
 from copy import deepcopy
 from typing import Any
 
+from needle.autograd import MODE
 from needle.optim.optimizer import Optimizer, check_form
 from needle.optim.options import as_option
+
+
+def refuse_traces() -> None:
+    """A schedule counts in Python: a traced step would always write the same number."""
+    if MODE.trace is not None:
+        MODE.trace.refuse("schedule.step counts", "call it outside of the jitted function")
 
 
 class Schedule:
@@ -41,6 +48,7 @@ class Schedule:
 
     def step(self, metric: Any = None) -> None:
         """Move on by one epoch or batch, and set the learning rates. Most need no metric."""
+        refuse_traces()
         self.count += 1
         self.write([self.lr_at(base, self.count) for base in self.bases])
 
@@ -180,6 +188,7 @@ class ReduceLROnPlateau(Schedule):
         """Look at the metric of an epoch: a number, or a Tensor of one element."""
         if metric is None:
             raise TypeError("ReduceLROnPlateau: expected step(metric); received no metric")
+        refuse_traces()
         value = float(metric)
         self.count += 1
         self.bad_steps += 1

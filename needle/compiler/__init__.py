@@ -1,0 +1,8 @@
+"""The compiler: graph -> simplify -> fuse -> loops -> schedule -> memory -> LLVM -> machine code.
+
+Start at graph.py; compile.py lists the passes.
+"""
+
+OFF: set[str] = (
+    set()
+)  # passes that tests switch off: simplify, fuse, reuse. No bit depends on them.

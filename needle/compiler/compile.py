@@ -1,0 +1,432 @@
+"""The passes in order, and what they leave: a Program that one native call runs.
+
+    trace     Values of autograd   -> Graph            graph.py; simplify.py as nodes are made
+    fuse      Graph                -> Groups           fuse.py
+    build     Groups               -> nests            nests.py, lower.py, index.py
+    schedule  nests                -> kernels          schedule.py
+    plan      kernels              -> offsets          schedule.py
+    emit      nests                -> LLVM IR          emit.py, contract.py, math.py
+    compile   LLVM IR              -> machine code     engine.py, cache.py
+Verifiers run between them. The result of all but the last is a Recipe: plain data that the disk
+cache keeps under the hash of the graph, so that a known program skips every pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+
+from needle.array.form import Form, compact_form
+from needle.array.ndarray import NDArray, empty
+from needle.array.spec import Spec
+from needle.autograd import Op, Value
+from needle.backend.device import DEVICES
+from needle.backend.numpy import compute
+from needle.compiler import (
+    OFF,
+    cache,
+    contract,
+    emit,
+    engine,
+    graph,
+    loops,
+    nests,
+    runtime,
+    schedule,
+)
+from needle.compiler.fuse import Fuser
+from needle.compiler.graph import Builder, Constant, Graph, Input, Node
+from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall
+from needle.compiler.lower import LOWERED
+from needle.compiler.schedule import Plan, Schedule
+from needle.compiler.target import vector_bits
+from needle.dtype import DType, as_dtype
+from needle.errors import expect
+from needle.ops.elementwise import StopGradient
+
+WORTH = 4000.0  # ns of work for which another thread is called in
+
+
+@dataclass
+class Lowered:
+    """A graph after all passes but emission."""
+
+    graph: Graph
+    fuser: Fuser
+    layout: nests.Layout
+    schedule: Schedule
+    plan: Plan
+    outputs: list[Buffer]
+
+
+def lower(
+    source: Graph,
+    donated: Mapping[int, int] | None = None,
+    strides: Mapping[Node, Sequence[int]] | None = None,
+) -> Lowered:
+    """All passes over a graph. donated: output -> input whose memory it may take; strides: those of
+    inputs that are not compact."""
+    source = with_own_outputs(source)
+    graph.verify(source)
+    fuser = Fuser(source)
+    fuser.run()
+    built, layout = nests.build(fuser, strides or {})
+    for nest in built:
+        loops.verify(nest)
+    outputs = [layout.buffer(node) for node in source.outputs]
+    pairs = {
+        outputs[output]: layout.buffer(source.inputs[number])
+        for output, number in (donated or {}).items()
+    }
+    found = schedule.schedule(built, pairs)
+    plan = schedule.plan(found.kernels, outputs)
+    return Lowered(source, fuser, layout, found, plan, outputs)
+
+
+def with_own_outputs(source: Graph) -> Graph:
+    """The graph with a copy where an output is an input, a constant, or another output too."""
+    outputs: list[Node] = []
+    for node in source.outputs:
+        if node.is_leaf or node in outputs:
+            node = Node(StopGradient(), (node,), node.spec, node.place)
+        outputs.append(node)
+    return Graph(source.inputs, outputs)
+
+
+# Recipes
+
+
+@dataclass
+class Launch:
+    """One nest of a program: which kernel, on which memory, with which numbers."""
+
+    key: str
+    slots: list[tuple[str, int, int]]  # (external | constant | core, number, byte offset)
+    values: list[int]
+    units: int
+    grain: int
+    scratch: int
+    kernel: int  # the number of barriers before it
+    checks: bool
+
+
+@dataclass
+class Recipe:
+    """A program as data."""
+
+    launches: list[Launch]
+    inputs: int
+    outputs: list[tuple[list[int], str]]  # shape and dtype
+    in_place: dict[int, int]  # output -> input
+    arena: int  # bytes
+    checks: list[tuple[str, int]]
+    cores: list[tuple[str, int]]  # what contractions call: dtype, vector bits
+
+    def dumps(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def loads(data: bytes) -> Recipe:
+        fields = json.loads(data)
+        fields["launches"] = [Launch(**each) for each in fields["launches"]]
+        fields["in_place"] = {int(key): each for key, each in fields["in_place"].items()}
+        return Recipe(**fields)
+
+
+def structure(nest: AnyNest) -> Any:
+    if isinstance(nest, Contraction):
+        return contract.structure(nest)
+    assert not isinstance(nest, HostCall)
+    return emit.structure(nest)
+
+
+def text_of(nest: AnyNest) -> Callable[[str], str]:
+    """What writes a nest's kernel under a name."""
+    write: Any = contract.emit if isinstance(nest, Contraction) else emit.emit
+    return lambda name: write(nest, vector_bits(), name)
+
+
+class Recipes:
+    """Makes a Recipe of what the passes left, and notes how its kernels are written."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+        self.texts: dict[str, Callable[[str], str]] = {}
+        self.numbers = {id(op): n for n, op in enumerate(constants_of(lowered.graph))}
+        self.hosts: list[HostCall] = []
+        self.places: dict[Buffer, tuple[str, int, int]] = {}
+        self.cores: list[tuple[str, int]] = []
+        count = len(lowered.graph.inputs)
+        for place, buffer in enumerate(lowered.outputs):
+            self.places.setdefault(buffer, ("external", count + place, 0))
+        self.arena = count + len(lowered.outputs)
+
+    def make(self) -> Recipe:
+        lowered, launches = self.lowered, []
+        for place, kernel in enumerate(lowered.schedule.kernels):
+            launches += [self.launch(nest, place) for nest in kernel]
+        outputs = [(list(node.shape), str(node.spec.dtype)) for node in lowered.graph.outputs]
+        found = lowered.schedule.in_place
+        inputs = {lowered.layout.buffer(x): n for n, x in enumerate(lowered.graph.inputs)}
+        in_place = {
+            place: inputs[found[buffer]]
+            for place, buffer in enumerate(lowered.outputs)
+            if buffer in found
+        }
+        count = len(lowered.graph.inputs)
+        return Recipe(
+            launches, count, outputs, in_place, lowered.plan.size, lowered.layout.checks,
+            self.cores,
+        )  # fmt: skip
+
+    def launch(self, nest: AnyNest, kernel: int) -> Launch:
+        if isinstance(nest, HostCall):
+            self.hosts.append(nest)
+            buffers = [x for x, _ in (*nest.inputs, *nest.outputs)]
+            slots = [self.slot(x) for x in buffers]
+            return Launch("host", slots, [len(self.hosts) - 1], 1, 1, 0, kernel, True)
+        found = structure(nest)
+        self.texts[found.key] = text_of(nest)
+        slots = [self.slot(buffer) for buffer in found.buffers]
+        grain = max(1, ceil(WORTH / max(found.cost, 0.001)))
+        checks = schedule.has_checks(nest)
+        return Launch(
+            found.key, slots, list(found.values), found.units, grain, found.scratch, kernel, checks
+        )
+
+    def slot(self, buffer: Buffer | contract.Core) -> tuple[str, int, int]:
+        """Where a buffer's address, or that of a contraction's core, comes from."""
+        if isinstance(buffer, contract.Core):
+            core = (str(buffer.dtype), buffer.bits)
+            if core not in self.cores:
+                self.cores.append(core)
+            return ("core", self.cores.index(core), 0)
+        found = self.places.get(buffer)
+        if found is None:
+            source = buffer.source
+            if isinstance(source, Input):
+                found = ("external", source.number, 0)
+            elif isinstance(source, Constant):
+                found = ("constant", self.numbers[id(source)], 0)
+            else:
+                found = ("external", self.arena, self.lowered.plan.offsets[buffer])
+            self.places[buffer] = found
+        return found
+
+
+def constants_of(source: Graph) -> list[Constant]:
+    """The constants of a graph, in an order that the graph decides."""
+    return [node.op for node in source.nodes if isinstance(node.op, Constant)]
+
+
+# Programs
+
+
+class Program:
+    """A compiled program: arrays in, arrays out, one native call.
+
+    `lowered` is what the passes left, None where the recipe came from the disk cache.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        texts: Mapping[str, Callable[[str], str]],
+        source: Graph,
+        donated: Mapping[int, int] | None = None,
+        hosts: Sequence[HostCall] = (),
+        lowered: Lowered | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.source = source
+        self.donated = donated or {}
+        self.lowered = lowered
+        self.arena = recipe.arena
+        self.constants = [np.ascontiguousarray(op.array) for op in constants_of(source)]
+        self.specs = [Spec(tuple(shape), as_dtype(dtype)) for shape, dtype in recipe.outputs]
+        device = DEVICES["cpu"]
+        self.forms = [compact_form(device, spec.shape, spec.dtype) for spec in self.specs]
+        self.memory = compact_form(device, (self.arena,), UINT8) if self.arena else None
+        self.hosts = [Host(each) for each in hosts]
+        cores = [contract.Core(as_dtype(dtype), bits) for dtype, bits in recipe.cores]
+        kernels = {each.key: texts.get(each.key, missing) for each in recipe.launches}
+        kernels |= {core.key: core.emit for core in cores}
+        kernels.pop("host", None)
+        self.addresses = dict(zip(kernels, engine.kernels(list(kernels.items())), strict=True))
+        self.cores = [self.addresses[core.key] for core in cores]
+        count = recipe.inputs + len(recipe.outputs) + (recipe.arena > 0)
+        self.native = runtime.Program([self.launch(each) for each in recipe.launches], count)
+
+    def launch(self, each: Launch) -> runtime.Launch:
+        """One row of the native table."""
+        if each.key == "host":
+            host = self.hosts[each.values[0]]
+            slots = [self.slot(*slot) for slot in each.slots]
+            return runtime.Launch(host.run, slots, 1, 1, 0, each.kernel, True)
+        slots = [*(self.slot(*slot) for slot in each.slots), *each.values]
+        address, grain = self.addresses[each.key], each.grain
+        return runtime.Launch(
+            address, slots, each.units, grain, each.scratch, each.kernel, each.checks
+        )
+
+    def slot(self, kind: str, number: int, offset: int) -> Any:
+        """A slot of an args block: a number, or which external it will be taken from."""
+        if kind == "constant":
+            return self.constants[number].ctypes.data
+        if kind == "core":
+            return self.cores[number]
+        return runtime.External(number, offset)
+
+    def __call__(self, arrays: Sequence[NDArray], reuse: Sequence[bool] = ()) -> list[NDArray]:
+        """The outputs for inputs of the specs that the program was made for, compact ones.
+
+        reuse: for each output that may take an input's place, whether it shall, now.
+        IndexError, with nothing overwritten, where an index is out of range.
+        """
+        outputs = [*map(empty, self.forms)] if not any(reuse) else self.outputs(arrays, reuse)
+        pointers = [x.ptr for x in arrays]
+        pointers += [x.ptr for x in outputs]
+        if self.memory is not None:
+            memory = empty(self.memory)  # held until the program has run
+            pointers.append(memory.ptr)
+        flags = self.native.run(*pointers)
+        if flags:
+            self.refuse(*flags)
+        return outputs
+
+    def outputs(self, arrays: Sequence[NDArray], reuse: Sequence[bool]) -> list[NDArray]:
+        """Arrays for the outputs: inputs where their memory is reused, else new ones."""
+        found: list[Any] = [None] * len(self.forms)
+        for (output, number), yes in zip(self.recipe.in_place.items(), reuse, strict=False):
+            if yes:
+                found[output] = arrays[number]
+        return [empty(form) if x is None else x for x, form in zip(found, self.forms, strict=True)]
+
+    def refuse(self, number: int, index: int) -> None:
+        name, size = self.recipe.checks[number]
+        raise IndexError(f"{name}: expected indices below {size}; received {index}")
+
+
+UINT8: DType = np.dtype(np.uint8)
+
+
+def missing(name: str) -> str:
+    """Stands for the text of a kernel of a cached program."""
+    raise LookupError(name)
+
+
+class Host:
+    """A call from a program into an op's own `compute`."""
+
+    def __init__(self, nest: HostCall) -> None:
+        self.nest = nest
+
+    def run(self, *pointers: int) -> None:
+        """Compute on arrays at addresses, and write to the outputs' addresses."""
+        places = (*self.nest.inputs, *self.nest.outputs)
+        views = [as_view(p, b, shape) for p, (b, shape) in zip(pointers, places, strict=True)]
+        inputs = views[: len(self.nest.inputs)]
+        specs = tuple(Spec(shape, buffer.dtype) for buffer, shape in self.nest.outputs)
+        spec = specs if len(specs) > 1 else specs[0]
+        found = compute(self.nest.op, inputs, spec)
+        results = found if isinstance(found, tuple) else (found,)
+        for view, result in zip(views[len(inputs) :], results, strict=True):
+            np.copyto(view, result, casting="same_kind")
+
+
+def as_view(pointer: int, buffer: Buffer, shape: tuple[int, ...]) -> np.ndarray:
+    """The NumPy array at an address."""
+    size = max(prod(shape), 1) * buffer.dtype.itemsize
+    memory: Any = (ctypes.c_char * size).from_address(pointer)
+    return np.ndarray(shape, buffer.dtype, memory)
+
+
+def fingerprint(source: Graph, donated: Mapping[int, int]) -> str:
+    """The hash of a graph, constants included: equal ones make equal programs."""
+    settings = len(source.inputs), sorted(donated.items()), vector_bits(), sorted(OFF)
+    parts = [str(source), repr(settings)]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for node in source.nodes:
+        if isinstance(node.op, Constant):
+            digest.update(np.ascontiguousarray(node.op.array).tobytes())
+    return digest.hexdigest()
+
+
+def build(
+    inputs: Sequence[Any],
+    outputs: Sequence[Value],
+    donated: Mapping[int, int] | None = None,
+    places: Mapping[Value, str] | None = None,
+) -> Program:
+    """The program of traced Values: from the disk cache where it is known there.
+
+    inputs: the Values or NDArrays that become arguments; outputs: what is returned; donated: output
+    -> input whose memory it may take; places: where in the user's code Values were made.
+    """
+    source = graph.trace(inputs, outputs, places)
+    donated = donated or {}
+    key = fingerprint(source, donated)
+    own = [x for x in source.nodes if isinstance(x.op, Op) and not x.op.is_builtin]
+    kept = None if own else cache.get("program", key)
+    if kept is not None:
+        try:
+            return Program(Recipe.loads(kept), {}, source, donated)
+        except LookupError:
+            pass  # one of its kernels was removed
+    lowered = lower(source, donated)
+    expect_memory(lowered.plan.size, [node.spec for node in source.outputs])
+    found = make_program(lowered, donated)
+    if not found.hosts:
+        cache.put("program", key, found.recipe.dumps())
+    return found
+
+
+def expect_memory(arena: int, outputs: Sequence[Spec]) -> None:
+    """MemoryError, before anything is allocated, where a program cannot fit the machine."""
+    size = arena + sum(prod(spec.shape) * spec.dtype.itemsize for spec in outputs)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    expect(
+        size <= memory,
+        f"jit: expected a program that fits in {format_bytes(memory)} of memory; received one that "
+        f"needs {format_bytes(size)} for outputs and temporaries; use smaller batches",
+        MemoryError,
+    )
+
+
+def format_bytes(count: int) -> str:
+    """1,536 -> 1.5 KiB"""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def make_program(lowered: Lowered, donated: Mapping[int, int] | None = None) -> Program:
+    recipes = Recipes(lowered)
+    recipe = recipes.make()
+    return Program(recipe, recipes.texts, lowered.graph, donated, recipes.hosts, lowered)
+
+
+def eager_plan(op: Op, forms: Sequence[Form]) -> Program | None:
+    """The program of one op on operands of given forms; None for an op that the host computes."""
+    builder = Builder()
+    nodes = [builder.leaf(Input(number), form.spec) for number, form in enumerate(forms)]
+    found = graph.apply(builder, op, nodes, None)
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    source = Graph(nodes, outputs)
+    if not all(node.is_leaf or type(node.op) in LOWERED for node in source.nodes):
+        return None
+    strides = {
+        node: form.strides for node, form in zip(nodes, forms, strict=True) if not form.is_compact
+    }
+    return make_program(lower(source, None, strides))

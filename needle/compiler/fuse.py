@@ -1,0 +1,545 @@
+"""Which nodes share a nest. Before: a graph of array ops. After: groups, each of which becomes a
+nest. Next: nests.py.
+
+    t = exp(x); y = t * w               ->  one nest; t stays in registers
+    m = max(x); e = exp(x - m); s = sum(e); e / s  ->  one nest of rows, several loops over a row
+    relu(x @ w + b)                     ->  the contraction's epilogue
+
+A node is *placed* in a group, or *inlined*: computed again wherever it is read. Views, random
+numbers and cheap or once-read elementwise nodes are inlined. A placed node joins the group of one
+that it reads if its element at the group's coordinates reads that node's element at the same
+coordinates; which is checked by following index maps, so that what fuses is right by construction.
+
+Relies on: nodes are pure, in topological order. `Group.ancestors` keeps the order of groups a
+partial one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import needle.ops as ops
+from needle.array.spec import as_axes
+from needle.compiler import OFF
+from needle.compiler.graph import Graph, Node
+from needle.compiler.index import Index, coordinate, delinearize, fixed, linearize  # fmt: skip
+from needle.compiler.loops import COLUMNS, ROWS, Expr
+from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
+from needle.ops.elementwise import Comparison
+from needle.ops.index import Gather, ScatterAdd
+from needle.ops.order import split_axes
+from needle.ops.reduce import CumSum
+
+MOST_NODES = 128  # in one group, so that a nest stays small enough for the code generator
+MOST_INLINED = 48
+FEW_OPS = 8  # behind a truth value that is computed again rather than stored
+LIGHT = 2  # operations behind any other value that several nodes compute again
+FEW_PARTS = 4  # a concatenation of more is written part by part
+CHEAP = (Comparison, ops.Cast, ops.LogicalNot, ops.StopGradient, ops.Negate, ops.MulScalar)
+
+Indices = tuple[Index, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """y = x, kept where it lies in a concatenation."""
+
+    whole: Node
+    ranges: tuple[tuple[int, int], ...]  # per axis of the whole: start, size
+    axis: int | None  # of a stack: the axis that x lacks
+
+
+@dataclass(eq=False)
+class Group:
+    """Nodes that one nest computes.
+
+    `shape` is what its loops run over; `index` says which element of each member belongs to the
+    loops' coordinates. `inner` are the axes that are reduced, None while there are none.
+    """
+
+    number: int
+    kind: str  # loop, contraction, scatter or host
+    shape: tuple[int, ...]
+    index: dict[Node, Indices] = field(default_factory=dict)
+    inner: tuple[int, ...] | None = None
+    order: str = ROWS
+    inlined: set[Node] = field(default_factory=set)
+    reads: set[Node] = field(default_factory=set)  # placed in other groups, and leaves
+    ancestors: int = 0  # bit n: the group of number n comes before
+    is_read: bool = False  # by another group
+    level: int = 0  # the longest chain of groups before this one
+    refusals: list[str] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[Node]:
+        return list(self.index)
+
+    @property
+    def bit(self) -> int:
+        return 1 << self.number
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        return tuple(axis for axis in range(len(self.shape)) if axis not in (self.inner or ()))
+
+
+def coordinates(count: int) -> Indices:
+    return tuple(coordinate(axis) for axis in range(count))
+
+
+def is_elementwise(node: Node) -> bool:
+    return type(node.op) in ELEMENTWISE or type(node.op) in (ops.Cast, Piece)
+
+
+class Fuser:
+    """The state of the pass: groups so far, and in which one a node is placed."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.groups: list[Group] = []
+        self.group_of: dict[Node, Group] = {}
+        self.pieces: dict[Node, list[Node]] = {}  # of concatenations that are written in parts
+        self.users: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+        self.weight: dict[Node, int] = {}
+        self.outputs = set(graph.outputs)
+        for node in graph.nodes:
+            for x in dict.fromkeys(node.inputs):
+                self.users[x].append(node)
+
+    def run(self) -> list[Group]:
+        for node in self.graph.nodes:
+            self.visit(node)
+        for node in self.graph.outputs:
+            self.place(node)
+        return self.groups
+
+    def visit(self, node: Node) -> None:
+        kind = type(node.op)
+        if kind in REDUCTION:
+            self.place_reduction(node)
+        elif kind is ops.MatMul:
+            self.place_contraction(node)
+        elif kind is CumSum:
+            self.place_scan(node)
+        elif kind is ScatterAdd:
+            self.place_scatter(node)
+        elif kind is Gather:
+            self.ground(node.inputs[0])
+            self.inline_or_place(node)
+        elif kind in (ops.Concatenate, ops.Stack) and len(node.inputs) > FEW_PARTS:
+            self.place_parts(node)
+        elif is_elementwise(node):
+            self.inline_or_place(node)
+        elif kind in INLINED:
+            self.weigh(node, 0)
+        elif not node.is_leaf:
+            self.place_host(node)
+
+    # Inlined or placed
+
+    def inline_or_place(self, node: Node) -> None:
+        self.weigh(node, 1)
+        if not self.is_inlined(node):
+            self.place(node)
+
+    def weigh(self, node: Node, own: int) -> None:
+        """Note how many operations stand between a node and memory."""
+        below = (self.weight.get(x, 0) for x in node.inputs if x not in self.group_of)
+        self.weight[node] = own + sum(below)
+
+    def is_inlined(self, node: Node) -> bool:
+        users = self.users[node]
+        if "fuse" in OFF or node in self.outputs or self.weight[node] > MOST_INLINED:
+            return False
+        if isinstance(node.op, Comparison) and self.weight[node] <= FEW_OPS:
+            return True
+        light = isinstance(node.op, CHEAP) and self.weight[node] <= LIGHT
+        if len(users) != 1:
+            return light and len(set(node.inputs)) == 1 and len(users) > 1
+        widens = type(users[0].op) is ops.BroadcastTo and prod(users[0].shape) > prod(node.shape)
+        return light or not widens
+
+    def place(self, node: Node) -> None:
+        """Give a node memory of its own or a group to stay in: a member of some group."""
+        if node in self.group_of or node in self.pieces or node.is_leaf:
+            return
+        if type(node.op) in (ops.Concatenate, ops.Stack):
+            self.place_parts(node)
+            return
+        for group in self.candidates(node):
+            for index in self.indices_in(group, node):
+                if self.join(group, node, index):
+                    return
+        self.join(self.begin("loop", node.shape), node, coordinates(len(node.shape)))
+
+    def begin(self, kind: str, shape: tuple[int, ...]) -> Group:
+        group = Group(len(self.groups), kind, shape)
+        self.groups.append(group)
+        return group
+
+    def candidates(self, node: Node) -> list[Group]:
+        """The groups of what a node reads, the latest first, that could take it in."""
+        if "fuse" in OFF:
+            return []
+        found = self.groups_below(node)
+        self.merge_all(found)
+        found = self.groups_below(node)
+        return [
+            group
+            for group in sorted(found, key=lambda each: (-each.level, -each.number))
+            if group.kind in ("loop", "contraction")
+            and len(group.index) + len(group.inlined) < MOST_NODES
+            and not any(other.ancestors & group.bit for other in found)
+        ]
+
+    def merge_all(self, groups: set[Group]) -> None:
+        """Make one group of those that run over the same loops at the same time."""
+        loops = sorted((g for g in groups if g.kind == "loop"), key=lambda each: each.number)
+        for place, group in enumerate(loops):
+            for other in loops[place + 1 : place + MOST_NODES]:
+                if other.index and group.index and self.are_siblings(group, other):
+                    self.merge(group, other)
+
+    def are_siblings(self, a: Group, b: Group) -> bool:
+        independent = not (a.ancestors & b.bit or b.ancestors & a.bit)
+        alike = a.inner is None or b.inner is None or (a.inner, a.order) == (b.inner, b.order)
+        size = sum(len(each.index) + len(each.inlined) for each in (a, b))
+        same = a.shape == b.shape and a.level == b.level
+        return same and independent and alike and size < MOST_NODES
+
+    def merge(self, group: Group, other: Group) -> None:
+        """Move all of another group into a group."""
+        if group.inner is None:
+            group.inner, group.order = other.inner, other.order
+        for node in other.index:
+            self.group_of[node] = group
+        group.index |= other.index
+        group.refusals += other.refusals
+        self.read(group, other.reads, other.inlined)
+        before = group.ancestors | group.bit
+        for each in self.after(other):
+            each.ancestors |= before
+        group.is_read |= other.is_read
+        other.index = {}
+        other.reads = set()
+
+    def groups_below(self, node: Node) -> set[Group]:
+        """The groups that a node reads from, through inlined nodes."""
+        found: set[Group] = set()
+        seen = {node}
+        stack = list(node.inputs)
+        while stack:
+            x = stack.pop()
+            if x in self.group_of:
+                found.add(self.group_of[x])
+            elif x not in seen:
+                seen.add(x)
+                parts = self.pieces.get(x)
+                stack.extend(x.inputs if parts is None else parts)
+        return found
+
+    # Where a node's elements lie among a group's coordinates
+
+    def indices_in(self, group: Group, node: Node) -> list[Indices]:
+        """Guesses of the element of a node that belongs to a group's coordinates."""
+        sizes, size = group.shape, prod(node.shape)
+        found = [self.pushed(group, node)]
+        if size == prod(sizes):
+            place = linearize(coordinates(len(sizes)), sizes)
+            found.append(delinearize(place, node.shape, sizes))
+        if group.inner and size == prod(sizes[axis] for axis in group.outer):
+            outer = [coordinate(axis) for axis in group.outer]
+            place = linearize(outer, [sizes[axis] for axis in group.outer])
+            found.append(delinearize(place, node.shape, sizes))
+        return list(dict.fromkeys(each for each in found if each is not None))
+
+    def pushed(self, group: Group, node: Node) -> Indices | None:
+        """The index that follows from a member's by the movements between it and the node."""
+        for x in node.inputs:
+            base = group.index.get(x)
+            if base is None and x not in self.group_of and x not in self.pieces:
+                base = self.pushed(group, x)
+            if base is None:
+                continue
+            if is_elementwise(node) and x.shape == node.shape:
+                return base
+            found = push(node.op, base, x.shape, group.shape)
+            if found is not None:
+                return found
+        return None
+
+    def join(self, group: Group, node: Node, index: Indices) -> bool:
+        """Place a node in a group if all that it reads of the group is at the group's
+        coordinates."""
+        walk = Walk(self, group)
+        if group.kind == "contraction" and not is_plain(index):
+            return False
+        fits = all(walk.enter(x, i) for x, i in sources(node, index, group.shape))
+        if fits and walk.run() and self.comes_after(group, walk.reads):
+            self.add(group, node, index, walk)
+            return True
+        return False
+
+    def comes_after(self, group: Group, reads: set[Node]) -> bool:
+        """Whether nothing that is read comes after the group."""
+        return not any(other.ancestors & group.bit for other in self.groups_of(reads) - {group})
+
+    def groups_of(self, nodes: set[Node]) -> set[Group]:
+        found = set()
+        for node in nodes:
+            for each in self.pieces.get(node, (node,)):
+                if each in self.group_of:
+                    found.add(self.group_of[each])
+        return found
+
+    def add(self, group: Group, node: Node, index: Indices, walk: Walk) -> None:
+        group.index[node] = index
+        self.group_of[node] = group
+        self.read(group, walk.reads, walk.inlined)
+
+    def read(self, group: Group, reads: set[Node], inlined: set[Node]) -> None:
+        """Note what a group reads, and that all of it comes before the group."""
+        group.reads |= reads
+        group.inlined |= inlined
+        before = level = 0
+        for other in self.groups_of(reads):
+            before |= other.ancestors | other.bit
+            level = max(level, other.level + 1)
+            other.is_read = other.is_read or other is not group
+        if before & ~group.ancestors or level > group.level:
+            later = max(level - group.level, 0)
+            for each in [group, *self.after(group)]:
+                each.ancestors |= before
+                each.level += later
+
+    def after(self, group: Group) -> list[Group]:
+        """The groups that have this one among their ancestors."""
+        bit = group.bit
+        return [each for each in self.groups if each.ancestors & bit] if group.is_read else []
+
+    # Kinds of nodes
+
+    def place_reduction(self, node: Node) -> None:
+        x = node.inputs[0]
+        axes = reduced_axes(node)
+        trailing, _ = split_axes(x.shape, axes)
+        order = ROWS if trailing else COLUMNS
+        for group in self.candidates(node):
+            if group.kind != "loop":
+                group.refusals.append(f"{node}: a contraction's epilogue does not reduce")
+                continue
+            found = group.index.get(x)
+            guesses = [found] if found else self.indices_in(group, x)
+            if any(self.reduce_in(group, node, index, axes, order) for index in guesses):
+                return
+        group = self.begin("loop", x.shape)
+        fits = self.reduce_in(group, node, coordinates(len(x.shape)), axes, order)
+        assert fits, f"{node} does not fit a group of its own"
+
+    def reduce_in(
+        self, group: Group, node: Node, index: Indices, axes: Sequence[int], order: str
+    ) -> bool:
+        """Place a reduction in a group that runs over all of its input."""
+        chosen = [index[axis] for axis in axes if node.inputs[0].shape[axis] != 1]
+        found = tuple(next(iter(each.terms), -1) for each in chosen)
+        pairs = zip(chosen, found, strict=True)
+        plain = all(isinstance(a, int) and each == coordinate(a) for each, a in pairs)
+        if not plain or len(set(found)) != len(found):
+            return False
+        if group.inner is not None and (found != group.inner or order != group.order):
+            group.refusals.append(f"{node}: reduces other axes than the group's")
+            return False
+        if prod(node.inputs[0].shape) != prod(group.shape) or list(found) != sorted(found):
+            return False
+        if group.inner is None and order == COLUMNS and len(found) == len(group.shape):
+            return False
+        before = group.inner, group.order
+        group.inner, group.order = found, order
+        kept = tuple(each for axis, each in enumerate(index) if axis not in axes)
+        walk = Walk(self, group)
+        if walk.enter(node.inputs[0], index) and walk.run():
+            if self.comes_after(group, walk.reads):
+                self.add(group, node, kept, walk)
+                return True
+        group.inner, group.order = before
+        return False
+
+    def place_contraction(self, node: Node) -> None:
+        for x in node.inputs:
+            self.ground(x, views_only=True)
+        group = self.begin("contraction", node.shape)
+        group.index[node] = coordinates(len(node.shape))
+        self.group_of[node] = group
+        self.read(group, *self.below(node))
+
+    def place_scan(self, node: Node) -> None:
+        group = self.begin("loop", node.shape)
+        group.inner, group.order = (node.op.axis % len(node.shape),), COLUMNS
+        walk = Walk(self, group)
+        index = coordinates(len(node.shape))
+        assert walk.enter(node.inputs[0], index)
+        assert walk.run()
+        self.add(group, node, index, walk)
+
+    def place_scatter(self, node: Node) -> None:
+        group = self.begin("scatter", ())
+        x, *indices = node.inputs
+        for each in (x, *indices):
+            self.ground_random(each)
+        self.group_of[node] = group
+        self.read(group, *self.below(node))
+
+    def place_host(self, node: Node) -> None:
+        inputs = []
+        for x in node.inputs:
+            copy = x if x in self.group_of else Node(ops.StopGradient(), (x,), x.spec, node.place)
+            self.place(copy)
+            inputs.append(copy)
+        node.inputs = tuple(inputs)
+        group = self.begin("host", ())
+        self.group_of[node] = group
+        for user in self.users[node]:
+            if user.op is not None and type(user.op).__name__ == "Item":
+                self.group_of[user] = group
+        self.read(group, set(inputs), set())
+
+    def place_parts(self, node: Node) -> None:
+        """Every part of a concatenation is written to its place in the whole by whoever makes
+        it."""
+        axis, start, parts = node.op.axis % len(node.shape), 0, []
+        stacks = type(node.op) is ops.Stack
+        for x in node.inputs:
+            size = 1 if stacks else x.shape[axis]
+            ranges = [(0, n) for n in node.shape]
+            ranges[axis] = (start, size)
+            op = Piece(node, tuple(ranges), axis if stacks else None)
+            part = Node(op, (x,), x.spec, node.place)
+            self.users[part] = []
+            self.place(part)
+            parts.append(part)
+            start += size
+        self.pieces[node] = parts
+
+    # Reading from memory
+
+    def ground(self, x: Node, views_only: bool = False) -> None:
+        """See to it that x is a view of memory: place what is computed below its movements."""
+        stack = [x]
+        while stack:
+            node = stack.pop()
+            if node in self.group_of or node in self.pieces or node.is_leaf:
+                continue
+            kind = type(node.op)
+            movable = kind in VIEWS if views_only else kind in MOVEMENT
+            if not movable or (views_only and not self.is_affine(x, node)):
+                self.place(node)
+            else:
+                stack.extend(node.inputs)
+
+    def is_affine(self, x: Node, node: Node) -> bool:
+        """Whether the path of views from x down to a node's input has strides."""
+        index, sizes = coordinates(len(x.shape)), x.shape
+        while True:
+            number, index, _ = MOVEMENT[type(x.op)](
+                x.op, index, [each.shape for each in x.inputs], sizes
+            )[0]
+            if not all(isinstance(atom, int) for each in index for atom in each.terms):
+                return False
+            if x is node:
+                return True
+            x = x.inputs[number]
+
+    def ground_random(self, x: Node) -> None:
+        if type(x.op) in (ops.Concatenate, ops.Stack):
+            self.place(x)
+
+    def below(self, node: Node) -> tuple[set[Node], set[Node]]:
+        """(placed nodes and leaves, inlined nodes) that a node reads."""
+        placed: set[Node] = set()
+        inlined: set[Node] = set()
+        stack = list(node.inputs)
+        while stack:
+            x = stack.pop()
+            if x in self.group_of or x in self.pieces or x.is_leaf:
+                placed.add(x)
+            elif x not in inlined:
+                inlined.add(x)
+                stack.extend(x.inputs)
+        return placed, inlined
+
+
+def reduced_axes(node: Node) -> tuple[int, ...]:
+    op, ndim = node.op, len(node.inputs[0].shape)
+    return as_axes(node.name, op.axes if hasattr(op, "axes") else op.axis, ndim)
+
+
+def is_plain(index: Indices) -> bool:
+    """Whether an index has strides: no quotients, as of an axis that a reshape cuts."""
+    return all(isinstance(atom, int) for each in index for atom in each.terms)
+
+
+INLINED = frozenset({*MOVEMENT, ops.RandomUniform})
+
+
+def sources(node: Node, index: Indices, sizes: Sequence[int]) -> list[tuple[Node, Indices]]:
+    """What a node's element at an index reads: inputs and the indices in them."""
+    kind = type(node.op)
+    if kind in MOVEMENT:
+        shapes = [x.shape for x in node.inputs]
+        found = MOVEMENT[kind](node.op, index, shapes, sizes)
+        return [(node.inputs[number], i) for number, i, _ in found]
+    if kind is ops.RandomUniform:
+        return [(node.inputs[0], (fixed(0),))]
+    if kind is Gather:
+        return gather_sources(node, index)
+    return [(x, index) for x in node.inputs]
+
+
+UNKNOWN = Index(0, {Expr: 1})  # an index that no group's coordinates equal
+
+
+def gather_sources(node: Node, index: Indices) -> list[tuple[Node, Indices]]:
+    x, *indices = node.inputs
+    axis, ndim = node.op.axis, len(indices[0].shape)
+    inside = index[axis : axis + ndim]
+    place = (*index[:axis], *[UNKNOWN for _ in indices], *index[axis + ndim :])
+    return [(x, place), *((each, inside) for each in indices)]
+
+
+class Walk:
+    """Follows what a node reads down to memory, and refuses a member of the group that is not read
+    at the group's coordinates."""
+
+    def __init__(self, fuser: Fuser, group: Group) -> None:
+        self.fuser = fuser
+        self.group = group
+        self.reads: set[Node] = set()
+        self.inlined: set[Node] = set()
+        self.seen: set[tuple[Node, Indices]] = set()
+        self.stack: list[tuple[Node, Indices]] = []
+
+    def enter(self, node: Node, index: Indices) -> bool:
+        """Note one read; False if the group cannot have it."""
+        if node in self.fuser.pieces:
+            self.reads.add(node)
+            return all(self.fuser.group_of[x] is not self.group for x in self.fuser.pieces[node])
+        if self.fuser.group_of.get(node) is self.group:
+            return self.group.index.get(node) == index
+        if node in self.fuser.group_of or node.is_leaf:
+            self.reads.add(node)
+        elif (node, index) not in self.seen:
+            self.seen.add((node, index))
+            self.inlined.add(node)
+            self.stack.append((node, index))
+        return True
+
+    def run(self) -> bool:
+        """Follow all that was entered; False if anything is refused."""
+        while self.stack:
+            node, index = self.stack.pop()
+            below = sources(node, index, self.group.shape)
+            if not all(self.enter(x, i) for x, i in below):
+                return False
+        return True

@@ -1,0 +1,304 @@
+"""The graph level: primitive ops on whole arrays, in topological order. Next: simplify.py.
+
+    graph = Graph(inputs, outputs)
+    node  = Node(op, inputs, spec)          op: a primitive, or a user's own
+          | Node(Input(number), (), spec)   an argument of the program
+          | Node(Constant(array), (), spec) an array that the trace baked in
+
+Comes from autograd's Values: composites are replaced by their expansions, tuples by their items.
+Nodes are made by `Builder.make`, which interns them: equal ops on equal inputs are one node. What a
+node means is its op's `compute` (interpret, below).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from needle import autograd
+from needle.array.spec import Spec
+from needle.autograd import Op, Value
+from needle.backend.numpy import compute
+from needle.compiler import OFF
+from needle.compiler.simplify import rewrite
+from needle.dtype import LOW_PRECISION, float32
+from needle.ops.composite import CompositeMethods, placeholder, tracing
+from needle.ops.elementwise import AddScalar, Cast
+from needle.ops.movement import Reshape, Slice, Split
+from needle.ops.tuples import FusedAddScalars, MakeTensorTuple
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """An argument of the program, by number."""
+
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """An array of the trace."""
+
+    array: np.ndarray
+
+
+@dataclass(frozen=True)
+class Item:
+    """One result of an op with several."""
+
+    number: int
+
+
+class Node:
+    """An op on nodes; by identity."""
+
+    __slots__ = ("inputs", "op", "place", "spec")
+
+    def __init__(self, op: Any, inputs: tuple[Node, ...], spec: Any, place: str = "") -> None:
+        self.op = op
+        self.inputs = inputs
+        self.spec = spec
+        self.place = place  # the user's file and line
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def is_leaf(self) -> bool:
+        return isinstance(self.op, (Input, Constant))
+
+    @property
+    def name(self) -> str:
+        return autograd.op_name(self.op)
+
+    def __repr__(self) -> str:
+        return f"{self.name}{list(getattr(self.spec, 'shape', ()))}"
+
+
+class Graph:
+    """A program: its inputs, and its outputs in terms of them."""
+
+    def __init__(self, inputs: Sequence[Node], outputs: Sequence[Node]) -> None:
+        self.inputs = list(inputs)
+        self.outputs = list(outputs)
+        self.nodes = sort(self.outputs)
+
+    def __str__(self) -> str:
+        names = {node: f"%{number}" for number, node in enumerate(self.nodes)}
+        lines = [
+            f"{names[x]} = {describe(x)}({', '.join(names[y] for y in x.inputs)}) : {x.spec}"
+            for x in self.nodes
+        ]
+        return "\n".join([*lines, f"return {', '.join(names[x] for x in self.outputs)}"])
+
+
+def describe(node: Node) -> str:
+    """A node's op and static parameters, without addresses."""
+    if isinstance(node.op, Input):
+        return f"input[{node.op.number}]"
+    if isinstance(node.op, Constant):
+        size = node.op.array.size
+        return f"constant[{node.op.array.item()}]" if size == 1 else f"constant[{size} elements]"
+    return repr(node.op)
+
+
+def sort(outputs: Iterable[Node]) -> list[Node]:
+    """All nodes below, each after its inputs; without recursion."""
+    order: dict[Node, None] = {}
+    entered: set[Node] = set()
+    stack = list(outputs)[::-1]
+    while stack:
+        node = stack[-1]
+        if node in order:
+            stack.pop()
+        elif node in entered:
+            order[node] = None
+            stack.pop()
+        else:
+            entered.add(node)
+            stack.extend(x for x in reversed(node.inputs) if x not in order)
+    return list(order)
+
+
+def verify(graph: Graph) -> None:
+    """AssertionError where a node's spec is not what its op infers: a fault of ours."""
+    for node in graph.nodes:
+        if isinstance(node.op, Op) and node.op.is_builtin:
+            found = node.op.infer(*(x.spec for x in node.inputs))
+            assert found == node.spec, f"{node}: {found} instead of {node.spec}"
+
+
+def interpret(graph: Graph, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The outputs' values by each op's own definition in NumPy."""
+    values: dict[Node, Any] = {}
+    for node in graph.nodes:
+        if isinstance(node.op, Input):
+            values[node] = arrays[node.op.number]
+        elif isinstance(node.op, Constant):
+            values[node] = node.op.array
+        elif isinstance(node.op, Item):
+            values[node] = values[node.inputs[0]][node.op.number]
+        else:
+            values[node] = compute(node.op, [values[x] for x in node.inputs], node.spec)
+    return [values[node] for node in graph.outputs]
+
+
+class Builder:
+    """Makes nodes, each once."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], Node] = {}
+        self.place = ""
+
+    def make(self, op: Any, *inputs: Node) -> Node:
+        """The simplest node that has this op's value on these inputs, to the bit."""
+        found = rewrite(self, op, inputs)
+        if found is not None:
+            return found
+        key = (op, *map(id, inputs))
+        known = None if "simplify" in OFF else self.known.get(key)
+        if known is None:
+            spec = op.infer(*(x.spec for x in inputs)) if isinstance(op, Op) else None
+            known = self.known[key] = Node(op, inputs, spec, self.place)
+        return known
+
+    def leaf(self, op: Input | Constant, spec: Spec) -> Node:
+        return Node(op, (), spec)
+
+    def constant(self, array: np.ndarray) -> Node:
+        """Small constants by value, so that equal ones are one node."""
+        key = (array.tobytes(), array.shape, array.dtype) if array.size <= 16 else (id(array),)
+        known = self.known.get(key)
+        if known is None:
+            known = self.leaf(Constant(array), Spec(array.shape, array.dtype))
+            self.known[key] = known
+        return known
+
+
+def trace(
+    inputs: Sequence[Any], outputs: Sequence[Value], places: Mapping[Value, str] | None = None
+) -> Graph:
+    """The graph of Values that were made lazily from `inputs`: Values, or the NDArrays they hold.
+
+    Other leaves become constants. `places` says where in the user's code a Value was made.
+    """
+    builder = Builder()
+    found: dict[int, Any] = {}
+    nodes = []
+    for number, x in enumerate(inputs):
+        spec = autograd.spec_of(x) if isinstance(x, Value) else x.spec
+        nodes.append(builder.leaf(Input(number), spec))
+        found[id(x)] = nodes[-1]
+    translate(builder, outputs, found, places or {})
+    return Graph(nodes, [found[id(x)] for x in outputs])
+
+
+def below(value: Any) -> Sequence[Any]:
+    """What a Value that is not computed reads: Values, and arrays."""
+    if isinstance(value, Value) and value.cached_data is None and value.operands is not None:
+        return value.operands
+    return ()
+
+
+def translate(
+    builder: Builder, outputs: Sequence[Any], found: dict[int, Any], places: Mapping[Value, str]
+) -> None:
+    """Add to `found` the node (or tuple of nodes) of every Value below the outputs, by its id."""
+    stack = list(outputs)
+    while stack:
+        value = stack[-1]
+        if id(value) in found:
+            stack.pop()
+            continue
+        waiting = [x for x in below(value) if id(x) not in found]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        if isinstance(value, Value):
+            builder.place = places.get(value, builder.place)
+        found[id(value)] = as_node(builder, value, [found[id(x)] for x in below(value)])
+        stack.pop()
+
+
+def as_node(builder: Builder, value: Any, inputs: list[Any]) -> Any:
+    """The node of one Value on the nodes of what it reads; a tuple of nodes for several results."""
+    if not isinstance(value, Value) or value.cached_data is not None:
+        data = value.cached_data if isinstance(value, Value) else value
+        if type(data) is tuple:
+            return tuple(builder.constant(each.view) for each in data)
+        return builder.constant(data.view)
+    return apply(builder, value.op, flatten(inputs), value.spec)
+
+
+def flatten(inputs: Sequence[Any]) -> list[Node]:
+    return autograd.flattened(inputs)
+
+
+def apply(builder: Builder, op: Any, inputs: list[Node], spec: Any) -> Any:
+    """An op of the autograd graph in terms of the nodes that a program is made of."""
+    if isinstance(op, CompositeMethods):
+        return expand(builder, op, inputs)
+    if isinstance(op, MakeTensorTuple):
+        return tuple(inputs)
+    if op.item is not None:
+        return inputs[op.item]
+    if isinstance(op, Split):
+        return split(builder, op, inputs[0])
+    if isinstance(op, FusedAddScalars):
+        return tuple(builder.make(AddScalar(each), *inputs) for each in (op.c0, op.c1))
+    if op.is_builtin:
+        return builder.make(op, *inputs)
+    node = Node(op, tuple(inputs), spec, builder.place)  # a user's own: called as often as written
+    if type(spec) is not tuple:
+        return node
+    return tuple(Node(Item(i), (node,), each, node.place) for i, each in enumerate(spec))
+
+
+def split(builder: Builder, op: Split, x: Node) -> tuple[Node, ...]:
+    """split(x) -> a slice for each part, which are views."""
+    parts, start = [], 0
+    sizes = (1,) * x.shape[op.axis] if op.sizes is None else op.sizes
+    for size in sizes:
+        ranges = [(0, each, 1) for each in x.shape]
+        ranges[op.axis] = (start, size, 1)
+        part = builder.make(Slice(tuple(ranges)), x)
+        if op.sizes is None:
+            shape = (*x.shape[: op.axis], *x.shape[op.axis + 1 :])
+            part = builder.make(Reshape(shape), part)
+        parts.append(part)
+        start += size
+    return tuple(parts)
+
+
+def expand(builder: Builder, op: Any, inputs: list[Node]) -> Any:
+    """A composite's expansion, on nodes, traced once per specs. Low precision is computed in
+    float32 and rounded once, as by a primitive."""
+    if not op.moves and any(x.spec.dtype in LOW_PRECISION for x in inputs):
+        specs = op.infer(*(x.spec for x in inputs))
+        wide = [
+            builder.make(Cast(float32), x) if x.spec.dtype in LOW_PRECISION else x for x in inputs
+        ]
+        found = expand(builder, op, wide)
+        if type(specs) is not tuple:
+            return builder.make(Cast(specs.dtype), found)
+        pairs = zip(found, specs, strict=True)
+        return tuple(builder.make(Cast(spec.dtype), x) for x, spec in pairs)
+    key = tuple((x.spec.shape, x.spec.dtype) for x in inputs)
+    known: dict[tuple[Any, ...], Any] = op.__dict__.setdefault("expansions", {})
+    if key not in known:
+        if len(known) >= 64:
+            known.clear()
+        with tracing():
+            leaves = [placeholder(Spec(*each)) for each in key]
+            found = op.expand(*leaves)
+            outputs = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        known[key] = leaves, outputs, isinstance(found, Value)
+    leaves, outputs, is_value = known[key]
+    nodes = {id(leaf): node for leaf, node in zip(leaves, inputs, strict=True)}
+    translate(builder, outputs, nodes, {})
+    parts = tuple(nodes[id(each)] for each in outputs)
+    return parts[0] if is_value else parts

@@ -1,0 +1,183 @@
+"""Rewrites of single nodes that keep every bit, applied as nodes are made. Next: lower.py.
+
+    add(a, negate(b))            -> subtract(a, b)
+    stop_gradient(x), cast to x's own dtype, reshape or broadcast to x's own shape, permute to
+    x's own order, x * 1, x / 1, x + -0.0           -> x
+    reshape(reshape(x))          -> reshape(x)
+    permute(permute(x))          -> permute(x); transpose is a permute
+    sum over axes of size 1      -> reshape(x)
+    sum over trailing and other axes                -> the sum of sums (needle/ops/order.py)
+    a long reduction to few elements                -> its chunks side by side, then fold
+Equal ops on equal inputs are one node (Builder.make). Relies on: ops are pure.
+"""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from needle.array.spec import as_axes
+from needle.autograd import primitive
+from needle.compiler import OFF
+from needle.dtype import FLOATS, LOW_PRECISION, float32, int64
+from needle.ops.elementwise import (
+    SUBTRACT,
+    AddScalar,
+    BroadcastTo,
+    Cast,
+    DivScalar,
+    EWiseAdd,
+    MulScalar,
+    Negate,
+    StopGradient,
+)  # fmt: skip
+from needle.ops.index import ScatterAdd
+from needle.ops.movement import Pad, Permute, Reshape, Transpose, without
+from needle.ops.order import CHUNK, ROWS, fold, split_axes
+from needle.ops.reduce import Max, Min, Reduction, Summation
+
+if TYPE_CHECKING:
+    from needle.compiler.graph import Builder, Node
+
+MANY = 1 << 16  # elements whose reduction is worth more than one thread
+FEW = 16  # units that all threads could share evenly
+COLUMN_BLOCK = 64  # outputs that one unit of a nest of columns adds
+
+
+def rewrite(builder: Builder, op: Any, inputs: tuple[Node, ...]) -> Node | None:
+    """A simpler node of the same value, or None."""
+    rule = LOWERED.get(type(op)) or ("simplify" not in OFF and ALGEBRA.get(type(op)))
+    return rule(builder, op, *inputs) if rule else None
+
+
+def same(builder: Builder, op: Any, x: Node) -> Node | None:
+    return x
+
+
+def add(builder: Builder, op: Any, a: Node, b: Node) -> Node | None:
+    if type(b.op) is Negate:
+        return builder.make(SUBTRACT, a, b.inputs[0])
+    return None
+
+
+def cast(builder: Builder, op: Cast, x: Node) -> Node | None:
+    return x if x.spec.dtype == op.dtype else None
+
+
+def broadcast(builder: Builder, op: BroadcastTo, x: Node) -> Node | None:
+    return x if x.shape == op.shape else None
+
+
+def reshape(builder: Builder, op: Reshape, x: Node) -> Node | None:
+    if x.shape == op.shape:
+        return x
+    return builder.make(op, x.inputs[0]) if type(x.op) is Reshape else None
+
+
+def permute(builder: Builder, op: Permute, x: Node) -> Node | None:
+    if op.order == tuple(range(len(op.order))):
+        return x
+    if type(x.op) is Permute:
+        return builder.make(Permute(tuple(x.op.order[axis] for axis in op.order)), x.inputs[0])
+    return None
+
+
+def transpose(builder: Builder, op: Transpose, x: Node) -> Node | None:
+    order = list(range(len(x.shape)))
+    first, second = op.axes or (-2, -1)
+    order[first], order[second] = order[second], order[first]
+    return builder.make(Permute(tuple(order)), x)
+
+
+def scale(builder: Builder, op: Any, x: Node) -> Node | None:
+    plain = x.spec.dtype in FLOATS or type(op.scalar) is int
+    return x if plain and op.scalar == 1 and type(op.scalar) is not bool else None
+
+
+def shift(builder: Builder, op: AddScalar, x: Node) -> Node | None:
+    is_negative_zero = type(op.scalar) is float and str(op.scalar) == "-0.0"
+    return x if is_negative_zero and x.spec.dtype in FLOATS else None
+
+
+def reduction(builder: Builder, op: Any, x: Node) -> Node | None:
+    """Axes of size 1 need no adding; sums over trailing and other axes are added in this order."""
+    axes = as_axes("reduce", op.axes, len(x.shape))
+    trailing, others = split_axes(x.shape, axes)
+    kept = without(x.shape, axes)
+    if type(op) is Summation and x.spec.dtype not in FLOATS and x.spec.dtype != int64:
+        return builder.make(op, builder.make(Cast(int64), x))
+    if trailing and others and x.spec.dtype in LOW_PRECISION and type(op) is Summation:
+        wide = builder.make(op, builder.make(Cast(float32), x))
+        return builder.make(Cast(x.spec.dtype), wide)
+    if not trailing and not others:
+        return builder.make(Reshape(kept), x)
+    if trailing and others:
+        part = builder.make(type(op)(trailing), x)
+        moved = tuple(axis - sum(each < axis for each in trailing) for axis in others)
+        return builder.make(Reshape(kept), builder.make(type(op)(moved), part))
+    found = trailing or others
+    if found != op.axes:
+        return builder.make(Reshape(kept), builder.make(type(op)(found), x))
+    return spread(builder, op, x, found, CHUNK if trailing else ROWS)
+
+
+def spread(builder: Builder, op: Any, x: Node, axes: tuple[int, ...], chunk: int) -> Node | None:
+    """A reduction of many elements to too few outputs for all threads: each chunk's own first."""
+    size, count = prod(x.shape), prod(x.shape[axis] for axis in axes)
+    outputs = size // max(count, 1)
+    units = outputs if chunk == CHUNK else -(-outputs // COLUMN_BLOCK)
+    if size < MANY or units >= FEW or count <= chunk or x.spec.dtype in LOW_PRECISION:
+        return None
+    first = axes[0]
+    if axes != tuple(range(first, first + len(axes))):
+        return None
+    before, after = x.shape[:first], x.shape[first + len(axes) :]
+    flat = builder.make(Reshape((*before, count, *after)), x)
+    missing = -count % chunk
+    if missing:
+        widths = [(0, 0)] * len(flat.shape)
+        widths[first] = (0, missing)
+        flat = builder.make(Pad(tuple(widths), neutral(op, x.spec.dtype)), flat)
+    shape = (*before, (count + missing) // chunk, chunk, *after)
+    parts = builder.make(type(op)((first + 1,)), builder.make(Reshape(shape), flat))
+    last = Fold if type(op) is Summation else type(op)
+    return builder.make(last((first,)), parts)
+
+
+def neutral(op: Any, dtype: Any) -> Any:
+    """What a reduction does not see."""
+    if type(op) is Summation:
+        return 0
+    least = -inf if dtype in FLOATS else np.iinfo(dtype).min
+    most = inf if dtype in FLOATS else np.iinfo(dtype).max
+    return least if type(op) is Max else most
+
+
+def scatter(builder: Builder, op: ScatterAdd, x: Node, *indices: Node) -> Node | None:
+    """Low precision is added in float32 and rounded once."""
+    if x.spec.dtype not in LOW_PRECISION:
+        return None
+    wide = builder.make(op, builder.make(Cast(float32), x), *indices)
+    return builder.make(Cast(x.spec.dtype), wide)
+
+
+@primitive
+class Fold(Reduction):
+    """y = x folded by halving over one axis (needle/ops/order.py): the sum of chunks' sums"""
+
+    axes: tuple[int, ...]
+
+    def compute(self, x: np.ndarray) -> np.ndarray:
+        return fold(np.moveaxis(x, self.axes[0], 0))
+
+
+ALGEBRA: dict[type, Any] = {
+    EWiseAdd: add, StopGradient: same, Cast: cast, BroadcastTo: broadcast, Reshape: reshape,
+    Permute: permute, MulScalar: scale, DivScalar: scale, AddScalar: shift,
+}  # fmt: skip
+LOWERED: dict[type, Any] = {  # what later passes know in one form only
+    Transpose: transpose, Summation: reduction, Max: reduction, Min: reduction,
+    ScatterAdd: scatter,
+}  # fmt: skip

@@ -1,0 +1,354 @@
+"""Contractions as machine code, against the interpreter, bit by bit."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from needle.compiler import contract, engine, interpret, loops
+from needle.compiler.loops import ROWS, Access, Buffer, Contraction, Expr, Nest, Operand, Store
+from needle.compiler.target import WIDTHS, vector_bits
+from needle.dtype import LOW_PRECISION, bool_, float32
+
+KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+BITS = [bits for bits in WIDTHS if bits <= vector_bits()]
+DTYPES = [
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "bool",
+]
+rng = np.random.default_rng(0)
+addresses: dict[str, int] = {}
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def draw(size: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Numbers of which sums are inexact, or wrap around."""
+    if dtype.kind in "iu":
+        bounds = np.iinfo(dtype)
+        return rng.integers(bounds.min, bounds.max, size, dtype, endpoint=True)
+    if dtype == bool_:
+        return rng.random(size) < 0.2
+    return (rng.standard_normal(size) * 2.0 ** rng.integers(-3, 3, size)).astype(dtype)
+
+
+# Building
+
+
+def operand(memory: dict[Buffer, np.ndarray], data: np.ndarray, *place: Any) -> Operand:
+    buffer = next((each for each, array in memory.items() if array is data), None)
+    buffer = buffer or Buffer(f"b{len(memory)}", data.dtype, data.size)
+    memory[buffer] = data
+    return Operand(buffer, *place)
+
+
+def lay_out(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The strides of a compact array whose axes lie in this order, from far to near."""
+    strides, step = [0] * len(sizes), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(sizes[axis], 1)
+    return strides
+
+
+def strided(
+    memory: dict[Buffer, np.ndarray],
+    dtype: np.dtype[Any],
+    sizes: Sequence[int],
+    strides: Sequence[int],
+) -> Operand:
+    """Fresh numbers that an operand of any strides lies in exactly."""
+    spans = [(max(size, 1) - 1) * step for size, step in zip(sizes, strides, strict=True)]
+    offset = -sum(min(span, 0) for span in spans)
+    data = draw(offset + sum(max(span, 0) for span in spans) + 1, dtype)
+    return operand(memory, data, offset, tuple(strides[:-2]), strides[-2], strides[-1])
+
+
+def store(memory: dict[Buffer, np.ndarray], value: Expr, shape: Sequence[int]) -> Store:
+    """Into fresh memory, compact."""
+    out = Buffer(f"b{len(memory)}", value.dtype, int(np.prod(shape)))
+    memory[out] = draw(out.size, value.dtype)
+    strides = enumerate(lay_out(shape, range(len(shape))))
+    return Store(Access(out, 0, tuple((axis, step) for axis, step in strides)), value)
+
+
+def accumulator(dtype: np.dtype[Any]) -> Expr:
+    return loops.expr("acc", (), float32 if dtype in LOW_PRECISION else dtype)
+
+
+def matmul(
+    dtype: np.dtype[Any],
+    sizes: tuple[int, int, int],
+    batch: tuple[int, ...] = (),
+    orders: tuple[str, str] = ("mk", "kn"),
+    strides: Sequence[Sequence[int]] | None = None,
+) -> tuple[Contraction, dict[Buffer, np.ndarray]]:
+    """out = a @ b: with axes in these orders, or of these strides."""
+    m, n, k = sizes
+    memory: dict[Buffer, np.ndarray] = {}
+    count = len(batch)
+    found = []
+    for number, (outer, letter) in enumerate(((m, "m"), (n, "n"))):
+        shape, order = (*batch, outer, k), orders[number]
+        axes = [*range(count), *(count + (each != letter) for each in order)]
+        steps = strides[number] if strides else lay_out(shape, axes)
+        found.append(strided(memory, dtype, shape, steps))
+    value = loops.cast(accumulator(dtype), dtype)
+    epilogue = Nest((*batch, m), n, ROWS, (store(memory, value, (*batch, m, n)),))
+    return Contraction(batch, m, n, k, *found, epilogue), memory
+
+
+# Running
+
+
+def scratch(size: int) -> tuple[np.ndarray, int]:
+    """Memory for a kernel, aligned; beyond it all bytes are 0xAB."""
+    memory = np.full(size + 256, 0xAB, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start + size :], memory.ctypes.data + start
+
+
+def load(key: str, make_text: Callable[[str], str]) -> int:
+    if key not in addresses:
+        name = f"function{len(addresses)}"
+        (addresses[key],) = engine.load([engine.compile_ir(make_text(name))], [name])
+    return addresses[key]
+
+
+def run(
+    c: Contraction,
+    memory: dict[Buffer, np.ndarray],
+    bits: int,
+    ranges: Callable[[int], Sequence[tuple[int, int]]] = lambda units: [(0, units)],
+) -> None:
+    """The kernel, on these ranges of units."""
+    loops.verify(c)
+    found = contract.structure(c, bits)
+    kernel = load(f"{bits} {found.key}", lambda name: contract.emit(c, bits, name))
+    slots = []
+    for buffer in found.buffers:
+        core: Any = buffer
+        is_core = isinstance(core, contract.Core)
+        slots.append(load(core.key, core.emit) if is_core else memory[buffer].ctypes.data)
+    args = np.array([*slots, *found.values], np.int64)
+    beyond, place = scratch(64 + found.scratch)
+    for begin, end in ranges(found.units):
+        KERNEL(kernel)(args.ctypes.data, begin, end, place)
+    assert (beyond == 0xAB).all(), "wrote past its scratch"
+
+
+def check(c: Contraction, memory: dict[Buffer, np.ndarray], **ranges: Any) -> None:
+    """At every width the kernel leaves what the interpreter leaves."""
+    expected = {buffer: data.copy() for buffer, data in memory.items()}
+    interpret.run(c, expected)
+    for bits in BITS:
+        found = {buffer: data.copy() for buffer, data in memory.items()}
+        run(c, found, bits, **ranges)
+        for buffer in memory:
+            same = as_bits(found[buffer]) == as_bits(expected[buffer])
+            assert same.all(), f"{bits} bits: {buffer} differs at {np.flatnonzero(~same)[:8]}"
+
+
+def as_bits(x: np.ndarray) -> np.ndarray:
+    """Bits, with all NaNs as one."""
+    if x.dtype.kind not in "biu":
+        x = np.where(np.isnan(x), np.asarray(np.nan, x.dtype), x)
+    return x.view(f"u{x.itemsize}")
+
+
+# Tests
+
+EDGES = [(1, 1, 1), (3, 5, 7), (14, 32, 16), (15, 33, 17), (29, 70, 5), (8, 64, 12), (13, 9, 40)]
+ORDERS = [*product(("mk", "km"), ("kn", "nk"))]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_tiles_and_their_edges(name: str) -> None:
+    for sizes, orders in product(EDGES, ORDERS):
+        check(*matmul(dtype_of(name), sizes, orders=orders))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 255, 256, 257, 513])
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "int32", "bool"])
+def test_segments(name: str, depth: int) -> None:
+    for sizes, orders in product([(5, 9, depth), (17, 40, depth)], ORDERS[::3]):
+        check(*matmul(dtype_of(name), sizes, orders=orders))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_blocks(name: str) -> None:
+    check(*matmul(dtype_of(name), (530, 20, 260)))
+    check(*matmul(dtype_of(name), (20, 530, 260), orders=("km", "nk")))
+    check(*matmul(dtype_of(name), (3000, 4, 10)))
+    check(*matmul(dtype_of(name), (260, 300, 24)))
+    check(*matmul(dtype_of(name), (300, 260, 24), orders=("km", "nk")))
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_vectors(orders: tuple[str, str]) -> None:
+    for sizes in [(1, 1, 300), (1, 70, 270), (70, 1, 270), (600, 1, 20), (1, 600, 20), (2, 1, 3)]:
+        check(*matmul(np.dtype(float32), sizes, orders=orders))
+
+
+def test_segment_sums_are_added_in_order() -> None:
+    c, memory = matmul(np.dtype(float32), (1, 1, 768))
+    a, b, out = memory.values()
+    b[:] = 1
+    a[:] = 0
+    a[[0, 256, 512]] = 2.0**24, 1, 1  # (2^24 + 1) + 1 is 2^24; the other order gives 2^24 + 2
+    run(c, memory, BITS[-1])
+    assert out.tolist() == [2.0**24]
+
+
+def test_fused_multiply_adds_from_plus_zero() -> None:
+    c, memory = matmul(np.dtype(float32), (1, 3, 2))
+    a, b, out = memory.values()
+    tiny = np.float32(2.0**-12)
+    a[:] = -1, 1 + tiny
+    # -(1 + 2t) + (1 + t)^2 is t^2 when rounded once; products that are -0 add up to +0
+    b[:] = [1 + 2 * tiny, 0.0, -0.0, 1 + tiny, -0.0, 0.0]
+    run(c, memory, BITS[-1])
+    assert out[0] == tiny * tiny
+    assert not np.signbit(out).any()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_special_values(name: str) -> None:
+    dtype = dtype_of(name)
+    for orders in ORDERS:
+        c, memory = matmul(dtype, (20, 40, 30), orders=orders)
+        tiny = ml_dtypes.finfo(dtype).smallest_subnormal
+        special = np.array([np.inf, -np.inf, np.nan, -0.0, tiny, -3 * tiny], dtype)
+        for data in memory.values():
+            places = rng.integers(0, data.size, data.size // 60)
+            data[places] = rng.choice(special, len(places))
+        check(c, memory)
+
+
+def test_batches_that_broadcast() -> None:
+    dtype = np.dtype(float32)
+    for a, b in [((0, 60), (48, 0)), ((0, 0), (0, 0)), ((180, 60), (144, 48))]:
+        check(*matmul(dtype, (10, 8, 6), (2, 3), strides=[(*a, 6, 1), (*b, 1, 8)]))
+    check(*matmul(dtype, (64, 64, 32), (5,)))
+    check(*matmul(dtype, (6, 1, 33), (4, 2)))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (0, 0, 0), (0, 1, 5), (3, 4, 0)])
+def test_empty(sizes: tuple[int, int, int]) -> None:
+    check(*matmul(np.dtype(float32), sizes))
+    check(*matmul(np.dtype(float32), sizes, (0,)))
+    check(*matmul(np.dtype(float32), sizes, (2,)))
+
+
+STEPS = st.sampled_from([-40, -3, -1, 0, 1, 2, 5, 17, 64])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.tuples(*[st.integers(1, 40)] * 3),
+    st.lists(st.integers(1, 3), max_size=2),
+    st.data(),
+    st.sampled_from(["float32", "float64", "bfloat16", "int16"]),
+)
+def test_any_strides(
+    sizes: tuple[int, int, int], batch: list[int], data: st.DataObject, name: str
+) -> None:
+    count = len(batch) + 2
+    steps = [data.draw(st.lists(STEPS, min_size=count, max_size=count)) for _ in range(2)]
+    check(*matmul(dtype_of(name), sizes, tuple(batch), strides=steps))
+
+
+@pytest.mark.parametrize("sizes", [(100, 100, 60), (300, 70, 300), (512, 1, 600)])
+def test_units_in_any_order(sizes: tuple[int, int, int]) -> None:
+    c, memory = matmul(np.dtype(float32), sizes, (2,))
+    counts = []
+
+    def alone(units: int) -> list[tuple[int, int]]:
+        counts.append(units)
+        return [(i, i + 1) for i in rng.permutation(units)]
+
+    check(c, memory, ranges=alone)
+    check(c, memory, ranges=lambda units: [(units // 3, units), (0, units // 3)])
+    assert min(counts) > 3
+
+
+def test_packing_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    c, memory = matmul(np.dtype(float32), (45, 75, 300), orders=("km", "kn"))
+    for tall, wide, pack_a, pack_b in product((8, 45), (32, 96), (False, True), (False, True)):
+        cut = contract.Tiling(-(-45 // tall), -(-75 // wide), tall, wide, pack_a, pack_b)
+        monkeypatch.setattr(contract, "tiling", lambda c, core, cut=cut: cut)
+        check(c, memory)
+
+
+def between_walls(data: np.ndarray, at_end: bool) -> np.ndarray:
+    """A copy next to a page that cannot be read: any access beyond it ends the process."""
+    page = mmap.PAGESIZE
+    room = -(-data.nbytes // page) * page
+    region = mmap.mmap(-1, room + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for wall in (start, start + page + room):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), page, 0) == 0
+    offset = page + (room - data.nbytes if at_end else 0)
+    found = np.frombuffer(region, data.dtype, data.size, offset)
+    found[:] = data
+    return found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
+@pytest.mark.parametrize("orders", ORDERS)
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int64"])
+def test_nothing_beyond_the_operands_is_read(name: str, orders: tuple[str, str]) -> None:
+    for sizes, at_end in product([*EDGES, (20, 1, 9), (17, 43, 258)], (False, True)):
+        c, memory = matmul(dtype_of(name), sizes, orders=orders)
+        walled = {buffer: between_walls(data, at_end) for buffer, data in memory.items()}
+        expected = {buffer: data.copy() for buffer, data in memory.items()}
+        interpret.run(c, expected)
+        for bits in BITS:
+            run(c, walled, bits)
+        out = c.epilogue.stores[0].access.buffer
+        assert (as_bits(walled[out]) == as_bits(expected[out])).all()
+
+
+def test_epilogue_reads_and_stores() -> None:
+    """relu(acc + bias + residual) over the residual's memory, and acc transposed."""
+    m, n, dtype = 37, 50, np.dtype(float32)
+    c, memory = matmul(dtype, (m, n, 300))
+    bias, residual = Buffer("bias", dtype, n), Buffer("residual", dtype, m * n)
+    memory |= {bias: draw(n, dtype), residual: draw(m * n, dtype)}
+    place = Access(residual, 0, ((0, n), (1, 1)))
+    acc = accumulator(dtype)
+    total = acc + loops.load(Access(bias, 0, ((1, 1),))) + loops.load(place)
+    turned = store(memory, acc, (n, m))
+    turned = Store(Access(turned.access.buffer, 0, ((0, 1), (1, m))), acc)
+    stores = (Store(place, loops.maximum(total, 0.0)), turned)
+    c.epilogue = Nest((m,), n, ROWS, stores)
+    check(c, memory)
+
+
+def test_sizes_and_strides_are_arguments() -> None:
+    dtype = np.dtype(float32)
+    first = contract.structure(matmul(dtype, (5, 6, 7), (2,))[0])
+    other = contract.structure(matmul(dtype, (80, 1, 700), (3,), ("km", "nk"))[0])
+    assert first.key == other.key
+    assert len(first.values) == len(other.values)
+    assert first.key != contract.structure(matmul(np.dtype(np.float64), (5, 6, 7), (2,))[0]).key

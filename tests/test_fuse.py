@@ -1,0 +1,154 @@
+"""What fuses: the number of kernels of programs that users write. A kernel is what all threads run
+between two barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import needle as ndl
+from needle import nn, ops
+from needle.array.spec import Spec
+from needle.autograd import Tensor, compute_gradient_of_variables
+from needle.compiler import compile as passes
+from needle.compiler import graph
+from needle.compiler.loops import Contraction, Nest, Scatter, show
+from needle.ops.composite import placeholder, tracing
+
+F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
+
+
+def inputs_of(*shapes: Any) -> list[Tensor]:
+    """Placeholders: of float32 and differentiated, or of int64 for shapes given as lists."""
+    return [
+        placeholder(Spec(tuple(shape), I64 if isinstance(shape, list) else F32), True)
+        for shape in shapes
+    ]
+
+
+def lowered(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> passes.Lowered:
+    return passes.lower(graph.trace(inputs, outputs))
+
+
+def forward(function: Callable[..., Any], *shapes: Any) -> passes.Lowered:
+    with tracing():
+        xs = inputs_of(*shapes)
+        return lowered([function(*xs)], xs)
+
+
+def backward(function: Callable[..., Any], *shapes: Any, both: bool = False) -> passes.Lowered:
+    """The gradients alone, for a given gradient of the output; `both`: and the output."""
+    with tracing():
+        xs = inputs_of(*shapes)
+        y = function(*xs)
+        dy = placeholder(y.spec)
+        compute_gradient_of_variables(y, dy)
+        grads = [x.grad for x in xs if x.requires_grad]
+        return lowered([y, *grads] if both else grads, [*xs, dy])
+
+
+def count(found: passes.Lowered) -> int:
+    return len(found.schedule.kernels)
+
+
+def nests(found: passes.Lowered) -> list[Any]:
+    return [nest for kernel in found.schedule.kernels for nest in kernel]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, (16,), weight, bias)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+
+
+ROW, VECTOR = (8, 16), (16,)
+
+
+def chain(x: Tensor, v: Tensor) -> Tensor:
+    return ops.exp((x.transpose() * 2.0).reshape((4, 4, 8))[1:3] + v.reshape((1, 1, 8))).relu()
+
+
+PINNED: dict[str, tuple[passes.Lowered, int]] = {
+    "a chain with broadcasts and views": (forward(chain, ROW, (8,)), 1),
+    "softmax": (forward(ops.softmax, ROW), 1),
+    "softmax, backward": (backward(ops.softmax, ROW), 1),
+    "layer norm": (forward(layer_norm, ROW, VECTOR, VECTOR), 1),
+    "layer norm, backward": (backward(layer_norm, ROW, VECTOR, VECTOR), 2),
+    "batch norm": (forward(batch_norm, ROW, VECTOR, VECTOR), 1),
+    "batch norm, backward": (backward(batch_norm, ROW, VECTOR, VECTOR), 1),
+    "cross-entropy, both": (backward(nn.functional.cross_entropy, ROW, [8], both=True), 2),
+    "relu(x @ w + b)": (forward(lambda x, w, b: ops.relu(x @ w + b), ROW, (16, 4), (4,)), 1),
+    "residual": (forward(lambda x, w: ops.relu(x @ w) + x, ROW, (16, 16)), 1),
+    "a large sum": (forward(lambda x: (x * x).sum(), (1000, 1000)), 2),
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_kernel_counts(name: str) -> None:
+    found, expected = PINNED[name]
+    text = "\n".join(show(nest) for nest in nests(found))
+    assert count(found) == expected, f"{count(found)} kernels:\n{text}"
+
+
+def test_an_epilogue_takes_bias_activation_and_residual() -> None:
+    found = forward(lambda x, w, b: ops.relu(x @ w + b) + x, ROW, (16, 16), (16,))
+    [nest] = nests(found)
+    assert isinstance(nest, Contraction)
+    assert found.plan.size == 0
+
+
+@pytest.mark.parametrize(("clip", "kernels"), [(False, 2), (True, 3)])
+def test_the_update_of_a_whole_model(clip: bool, kernels: int) -> None:
+    """One kernel for what all parameters share, one for all of them; clipping adds the norms."""
+    params = [nn.Parameter(ndl.randn(*shape)) for shape in ((4, 8), (8,), (8, 2), (2,), (2, 3, 4))]
+    optimizer = ndl.optim.Adam(params, weight_decay=0.01)
+    for p in params:
+        p.grad = ndl.randn(*p.shape)
+
+    @ndl.jit
+    def step() -> None:
+        if clip:
+            optimizer.clip_grad_norm(1.0)
+        optimizer.step()
+
+    step()
+    [(_, [program])] = step.programs()
+    found = passes.lower(program.source, program.donated)
+    assert count(found) == kernels, "\n".join(show(nest) for nest in nests(found))
+
+
+def test_dropout_masks_are_never_stored() -> None:
+    def drop(x: Tensor, state: Tensor) -> Tensor:
+        mask = ops.RandomUniform(x.shape, F32)(state) <= 0.9
+        return ops.exp(ops.normalize.masked(x, mask, 0.1))
+
+    found = backward(drop, (64, 64), [2], both=True)
+    assert found.plan.size == 0
+    assert all(store.value.dtype == F32 for nest in nests(found) for store in nest.stores)
+
+
+def test_a_gather_and_its_gradient() -> None:
+    found = backward(lambda x, i: ops.take(x, i), ROW, [3, 4], both=True)
+    assert [type(nest) for nest in nests(found)] == [Nest, Scatter]
+    assert len(found.layout.checks) == 2
+
+
+def test_transposed_operands_are_strided_views() -> None:
+    found = backward(lambda x, w: x @ w, (8, 16), (16, 4))
+    assert [type(nest) for nest in nests(found)] == [Contraction, Contraction]
+    assert {(nest.a.outer, nest.a.inner) for nest in nests(found)} == {(4, 1), (1, 16)}
+    assert found.plan.size == 0
+
+
+def test_many_parts_are_written_where_they_belong() -> None:
+    def joined(x: Tensor) -> Tensor:
+        return ops.concatenate([ops.exp(x), x * 2.0, x, x + 1.0, -x], 1)
+
+    found = forward(joined, (4, 3))
+    assert count(found) == 1
+    assert {store.access.buffer.size for nest in nests(found) for store in nest.stores} == {60}

@@ -1,28 +1,34 @@
-"""needle: a deep-learning framework that can be read in an afternoon, from Tensor to machine code.
+"""needle: a deep-learning framework in Python, from Tensor to machine code.
 
     import needle as ndl
 
-Rooms, in reading order: autograd.py, ops/, array/, backend/ (the core); init/, nn/, optim/, data/
-(the library); train/, cli/ (what a user starts); debug.py and memory.py (what to ask when something
-is wrong). `backend_ndarray`, `backend_numpy` and `backend_selection` are the course's import paths.
+Rooms, in reading order: autograd.py, ops/, array/, backend/ (the core); compiler/, capture/, jit.py
+(programs); init/, nn/, optim/, data/ (the library); train/, cli/ (what a user starts); debug.py and
+memory.py (what to ask when something is wrong). `backend_ndarray`, `backend_numpy` and
+`backend_selection` are the course's import paths.
 """
 
 # fmt: off
 # isort: off
+from needle.backend import Device, all_devices, cpu, cpu_numpy, cuda, default_device
+from needle.backend.compiled import CompiledDevice
+from needle.backend.numpy import NumpyDevice
 from needle import autograd, backend_ndarray, backend_selection, init, memory, ops
 from needle.array.ndarray import NDArray
 from needle.autograd import (
     Op, Tensor, TensorOp, TensorTuple, TensorTupleOp, enable_grad, lazy, no_grad,
 )
-from needle.backend import Device, all_devices, cpu, cpu_numpy, cuda, default_device
 from needle.dtype import (
     bfloat16, bool_ as bool, float16, float32, float64, int8, int16, int32, int64, uint8,
 )
+from needle.errors import CompileError, TraceError
 from needle.files import load_tensors, save_tensors
 from needle.init import ones, ones_like, permutation, rand, randint, randn, seed, zeros, zeros_like
 from needle.interchange import from_dlpack, from_numpy
 from needle.ops import *  # noqa: F403 - the functions of ops are the package's functions
 from needle import data, debug, nn, optim
+from needle.compiler.runtime import get_num_threads, set_num_threads
+from needle.jit import jit
 # isort: on
 # fmt: on
 

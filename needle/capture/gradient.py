@@ -1,0 +1,161 @@
+"""A call of a jitted function under autograd: one node. Next: variant.py.
+
+The forward program also returns what the backward program reads (the *residuals*); that one maps
+residuals and the gradients of the results to those of the inputs. Where a gradient is itself
+differentiated, or asked for in lazy mode, the traced graph is replayed as ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from needle import autograd
+from needle.array.ndarray import NDArray
+from needle.autograd import MODE, RETAINED, Tensor, TensorTuple, TensorTupleOp, Value, spec_of
+from needle.backend.device import Device
+from needle.capture.part import Part
+from needle.capture.trace import Trace
+from needle.errors import TraceError
+from needle.ops.composite import placeholder, substitute, tracing
+from needle.ops.tuples import TupleGetItem, make_tuple
+
+
+class Adjoint:
+    """The gradients of a traced function's inputs, from those of some of its results."""
+
+    def __init__(
+        self, trace: Trace, forward: Part, results: Sequence[Tensor], device: Device
+    ) -> None:
+        self.inputs: list[Any] = list(forward.inputs)
+        self.results = [forward.place(x) for x in results]
+        self.out_grads = [trace.stand_in(spec_of(x)) for x in results]
+        known = set(trace.created)
+        RETAINED.update(x for x in self.inputs if x.op is not None and x.requires_grad)
+        with autograd.mode(trace=trace, lazy=True, grad=True):
+            target, out_grad = make_tuple(*results), make_tuple(*self.out_grads)
+            autograd.compute_gradient_of_variables(target, out_grad)
+        self.grads = [x._grad if x.requires_grad else None for x in self.inputs]
+        RETAINED.difference_update(self.inputs)
+        trace.restore_gradients()
+        wanted = [x for x in self.grads if x is not None]
+        cut = residuals(wanted, set(forward.numbers), known, set(self.out_grads))
+        self.sources = [
+            (True, forward.numbers[x]) if x in forward.numbers else (False, forward.place(x))
+            for x in cut
+        ]
+        self.part = Part([*cut, *self.out_grads])
+        self.places = [None if x is None else self.part.place(x) for x in self.grads]
+        self.part.build(device, {}, {})
+
+    def replay(self, inputs: Sequence[Any], out_grads: Sequence[Any]) -> list[Any]:
+        """The gradients as nodes of the graph above inputs and out_grads."""
+        known: dict[Value, Any] = dict(zip(self.inputs, inputs, strict=True))
+        known |= zip(self.out_grads, out_grads, strict=True)
+        order: list[Any] = []
+        visited = set(known)
+        for root in self.grads:
+            if root is not None:
+                autograd.visit(root, visited, order, lambda x: x.operands or ())
+        for node in order:
+            if node.cached_data is None:
+                sources = [known[x] for x in node.operands]
+                known[node] = type(node).make_from_op(node.op, sources)
+            else:
+                known[node] = node
+        return [None if x is None else known[x] for x in self.grads]
+
+
+def residuals(
+    grads: Sequence[Value], inputs: set[Value], known: set[Value], out_grads: set[Value]
+) -> list[Any]:
+    """The values of the forward trace that gradients read; tuples are computed again."""
+    found: dict[Any, None] = {}
+    seen = set(out_grads)
+    stack: list[Any] = list(grads)
+    while stack:
+        x = stack.pop()
+        if x in seen:
+            continue
+        seen.add(x)
+        if x in inputs:
+            found[x] = None
+        elif x.cached_data is None and x in known and isinstance(x, Tensor):
+            found[x] = None
+        elif x.cached_data is None:
+            stack += x.operands
+    return list(found)
+
+
+class JittedCall(TensorTupleOp):
+    """y = f(x), f jitted, with what backward reads; dx by f's backward program"""
+
+    name = "jit"
+
+    def __init__(self, adjoint: Adjoint, saved: dict[int, NDArray]) -> None:
+        self.adjoint = adjoint
+        self.saved = saved
+
+    def gradient(self, out_grad: Any, node: Any) -> tuple[Any, ...]:
+        adjoint, out_grads = self.adjoint, list(out_grad)
+        if autograd.is_lazy():
+            return tuple(adjoint.replay(node.inputs, out_grads))
+        arrays = [
+            node.inputs[place].cached_data if is_input else self.saved[place]
+            for is_input, place in adjoint.sources
+        ]
+        arrays = [x.compact() for x in (*arrays, *(dy.realize_cached_data() for dy in out_grads))]
+        found = adjoint.part.run(arrays)
+        values = [found[place] for place in adjoint.places if place is not None]
+        grads = iter(items(JittedGradient(adjoint), (*node.inputs, *out_grads), values))
+        return tuple(None if place is None else next(grads) for place in adjoint.places)
+
+
+class JittedGradient(TensorTupleOp):
+    """dx of a jitted function, from (x..., dy...)"""
+
+    name = "jit_gradient"
+
+    def __init__(self, adjoint: Adjoint) -> None:
+        self.adjoint = adjoint
+
+    def gradient(self, out_grad: Any, node: Any) -> tuple[Any, ...]:
+        if MODE.trace is not None:
+            cure = (
+                "call the function that is differentiated twice inside of the jitted function too"
+            )
+            raise TraceError(f"jit: expected first derivatives of calls from outside; {cure}")
+        with tracing():
+            leaves = [placeholder(spec_of(x), x.requires_grad) for x in node.inputs]
+            count = len(self.adjoint.inputs)
+            grads = self.adjoint.replay(leaves[:count], leaves[count:])
+            root = make_tuple(*(x for x in grads if x is not None))
+            if root.requires_grad:
+                autograd.compute_gradient_of_variables(root, out_grad)
+            back = dict(zip(leaves, node.inputs, strict=True))
+            found = [None if x._grad is None else substitute(x._grad, back) for x in leaves]
+        for each in found:
+            if each is not None and not autograd.is_lazy():
+                each.realize_cached_data()
+        return tuple(found)
+
+
+def items(op: TensorTupleOp, inputs: tuple[Any, ...], arrays: Sequence[NDArray]) -> list[Tensor]:
+    """The results of a node that is computed already, as Tensors with history where it is kept."""
+    if not MODE.grad or not any(x.requires_grad for x in inputs):
+        return [Tensor._new(None, (), array, False) for array in arrays]
+    node = TensorTuple._new(op, inputs, tuple(arrays), True)
+    return [
+        Tensor._new(TupleGetItem(number), (node,), array, array.form.is_float)
+        for number, array in enumerate(arrays)
+    ]
+
+
+def call_with_history(
+    adjoint: Adjoint, inputs: Sequence[Any], found: Sequence[NDArray]
+) -> dict[int, Tensor]:
+    """The differentiable results of a call, by their place."""
+    saved = {place: found[place] for is_input, place in adjoint.sources if not is_input}
+    arrays = [found[place] for place in adjoint.results]
+    results = items(JittedCall(adjoint, saved), tuple(inputs), arrays)
+    return dict(zip(adjoint.results, results, strict=True))

@@ -84,7 +84,8 @@ def test_a_new_run_says_how_it_goes(needle: Needle) -> None:
     code, out, err = needle("train", "mlp_resnet", *TINY, "--name", "first")
     assert (code, err) == (0, "")
     lines = [line for line in out.splitlines() if "no curves.png" not in line]  # no Matplotlib
-    head, start, *epochs, end = lines
+    head, start, compiled, *epochs, end = lines
+    assert re.fullmatch(r"training step traced, compiled and run in [\d.]+ s", compiled)
     assert head == "mlp_resnet with 2,194 parameters on digits, cpu"
     assert start == "runs/first, from the beginning"
     assert len(epochs) == 2

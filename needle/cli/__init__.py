@@ -1,3 +1,3 @@
-"""The command `needle`: train, eval, predict, info. All work is needle.train's."""
+"""The command `needle`: train, eval, predict, info, cache."""
 
 from needle.cli.commands import main

@@ -18,10 +18,12 @@ import numpy as np
 import typer
 from rich import progress as bars
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import needle
 from needle import train
+from needle.compiler import cache
 from needle.errors import expect
 from needle.train import TASKS, Progress, TrainConfig, Trainer, folder, open_run
 
@@ -30,6 +32,7 @@ Root = Annotated[Path, typer.Option(help="Where the runs lie.")]
 Text = str | None
 Integer = int | None
 Number = float | None
+Flag = bool | None
 
 
 def sentence(error: BaseException) -> str:
@@ -82,6 +85,36 @@ def processor() -> str:
     file = Path("/proc/cpuinfo")  # on Linux, where `platform` tells the architecture alone
     names = re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
     return names[0] if names else platform.processor() or platform.machine()
+
+
+# needle cache
+
+
+def show_cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all of it.")] = False,
+) -> None:
+    """List compiled code that is kept on disk, or clear it.
+
+    It lies where NEEDLE_CACHE_DIR says, or in the user's cache; NEEDLE_CACHE_DIR=off keeps none.
+    """
+    root, console = cache.folder(), make_console()
+    if root is None:
+        say(console, "nothing is kept: NEEDLE_CACHE_DIR=off, or no home")
+        return
+    found = cache.entries()
+    if clear:
+        left = cache.clear()
+        removed = sum(entry.size for entry in found) - left
+        say(console, f"removed {removed / 2**20:.1f} MiB from {root}")
+        return
+    table = Table("kind", box=None)
+    for header in ("entries", "bytes"):
+        table.add_column(header, justify="right")
+    table.add_column("folder", overflow="fold")
+    for kind in cache.KINDS:
+        sizes = [entry.size for entry in found if entry.kind == kind]
+        table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes):,}", escape(str(root / kind)))
+    console.print(table)
 
 
 # needle predict
@@ -172,6 +205,7 @@ def train_model(
     seed: Annotated[Integer, option("Decides weights, order and dropout.")] = None,
     device: Annotated[Text, option(one_of("device"))] = None,
     checkpoint_every: Annotated[Integer, option("Steps between checkpoints.")] = None,
+    jit: Annotated[Flag, option("Compile the training step.", "jit")] = None,
     name: Annotated[Text, option("The run's name.", "MODEL-DATA-TIME")] = None,
     resume: Annotated[Text, option("Go on with a run: its folder, or its name.")] = None,
     run_dir: Root = Path("runs"),
@@ -204,7 +238,7 @@ def train_on(console: Console, trainer: Trainer) -> None:
     try:
         with make_bar(console) as bar:
             bar.add_task("")
-            trainer.fit(lambda progress: show(bar, progress))
+            trainer.fit(lambda progress: show(bar, progress, trainer.compile_seconds))
     except KeyboardInterrupt as error:
         kept = trainer.progress if isinstance(error, train.Interrupted) else "the last checkpoint"
         print(f"needle: interrupted; {kept} is saved; {again}", file=sys.stderr)
@@ -228,9 +262,12 @@ def make_bar(console: Console) -> bars.Progress:
     return bars.Progress(*columns, console=console, transient=True, disable=disable)
 
 
-def show(bar: bars.Progress, progress: Progress) -> None:
-    """Show a step on the bar, and the end of an epoch as a line."""
+def show(bar: bars.Progress, progress: Progress, compile_seconds: float | None) -> None:
+    """Show a step on the bar, and the end of an epoch as a line; at first, what compiling took."""
     now, epochs, record = progress, progress.epochs, progress.record
+    if compile_seconds is not None and not bar.tasks[0].fields.get("told"):
+        bar.update(bar.task_ids[0], told=True)
+        say(bar.console, f"training step traced, compiled and run in {compile_seconds:.2f} s")
     if record is None:
         state = f"epoch {now.epoch}/{epochs}  loss {now.loss:.4f}  accuracy {now.accuracy:.1%}"
         state += f"  {now.samples_per_second:,.0f} samples/s"
@@ -254,6 +291,7 @@ app = typer.Typer(
 app.command("train")(train_model)
 app.command("eval")(evaluate_run)
 app.command("predict")(predict_image)
+app.command("cache")(show_cache)
 app.command("info")(show_info)
 
 

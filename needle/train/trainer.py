@@ -22,7 +22,9 @@ from needle.autograd import Tensor, no_grad
 from needle.data import DataLoader
 from needle.errors import expect
 from needle.files import AnyPath, reading, remove_partial_files
+from needle.jit import jit
 from needle.nn import Module, SoftmaxLoss
+from needle.ops import argmax, equal
 from needle.optim import Optimizer, Schedule
 from needle.train import folder
 from needle.train.config import TASKS, TrainConfig, open_data
@@ -64,6 +66,9 @@ class Trainer:
         self.loader = DataLoader(self.data, batch, shuffle=True, seed=seed, device=device)
         self.schedule = make_schedule(config, self.optimizer, config.epochs * len(self.loader))
         self.progress = Progress(config.epochs, len(self.loader))
+        self.compiles = config.jit and config.device == "cpu"
+        self.update = jit(self.train_on_batch) if self.compiles else self.train_on_batch
+        self.compile_seconds: float | None = None  # the first step's, where it was compiled
 
     @classmethod
     def start(cls, config: TrainConfig, root: AnyPath = "runs", name: str | None = None) -> Trainer:
@@ -130,23 +135,30 @@ class Trainer:
                 self.progress = self.progress.at_next_epoch()
                 self.save(metrics)
 
-    def run_step(self, x: Tensor, y: Tensor, metrics: MetricsFile) -> None:
-        """One update of the parameters, and its record."""
-        progress = self.progress
+    def train_on_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the parameters once; the loss, and how many predictions were right."""
         logits = self.model(x)
         loss = self.loss(logits, y)
         with no_grad():
             loss.backward()
         self.optimizer.step()
         self.optimizer.reset_grad()
-        correct = int((logits.numpy().argmax(1) == y.numpy()).sum())
+        return loss.detach(), equal(argmax(logits, 1), y).sum()
+
+    def run_step(self, x: Tensor, y: Tensor, metrics: MetricsFile) -> None:
+        """One update of the parameters, and its record."""
+        progress, start = self.progress, time.perf_counter()
+        found = self.update(x, y)
+        if self.compile_seconds is None and self.compiles:
+            self.compile_seconds = time.perf_counter() - start
+        loss, correct = found[0].item(), int(found[1])
         progress.step += 1
         progress.step_in_epoch += 1
         progress.samples += len(y)
         progress.correct += correct
-        progress.loss_sum += loss.item() * len(y)
+        progress.loss_sum += loss * len(y)
         record = {"kind": "step", "step": progress.step, "epoch": progress.epoch}
-        record |= {"loss": loss.item(), "accuracy": correct / len(y), "lr": self.optimizer.lr}
+        record |= {"loss": loss, "accuracy": correct / len(y), "lr": self.optimizer.lr}
         metrics.append(record)
         self.schedule.step()
 

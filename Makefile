@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.14 python3.13 python3.12 python3.11 python3 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test dev lint format types docs check-docs bench size clean
+.PHONY: help train test fuzz dev lint format types docs check-docs bench size clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -17,6 +17,9 @@ train: $(VENV)/.train ## train an MLP-ResNet on the embedded handwritten digits
 
 test: $(VENV)/.dev ## run the tests
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+fuzz: $(VENV)/.dev ## compare 5,000 random programs in every mode, bit by bit (FUZZ=n for others)
+	@FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest -q tests/test_same_bits.py $(ARGS)
 
 dev: $(VENV)/.dev ## set up .venv for work on needle
 

@@ -6,7 +6,8 @@ forward with backward.
 Each op runs on float32 inputs of a few hundred elements that require gradients, so that the time is
 the framework's own. Needle and PyTorch take turns for some rounds; the table shows the medians in
 microseconds and the ratio needle / PyTorch (below 1: needle is faster), and geometric means over
-the primitives and over the composites. "fwd+bwd" is one forward and one backward from a gradient of
+the primitives and over the composites. A third table has arrays of 10^7 elements, forward alone, on
+all threads. "fwd+bwd" is one forward and one backward from a gradient of
 ones. The last row is a training step of a 3-layer perceptron with Adam.
 """
 
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,46 @@ COMPOSITES: dict[str, Row] = {
 MASK_N, MASK_T = ndl.Tensor(A > 1), torch.tensor(A > 1)
 LABELS_N, LABELS_T = ndl.Tensor(LABELS), torch.tensor(LABELS)
 IDS_N, IDS_T = ndl.Tensor(IDS), torch.tensor(IDS)
+
+
+MOVES = {
+    "reshape", "transpose", "broadcast_to", "slice", "index rows", "concatenate", "stack", "flip",
+    "pad", "matmul", "where", "cross entropy",
+}  # fmt: skip
+
+
+def enlarged(rows: dict[str, Row]) -> dict[str, Row]:
+    """Elementwise ops, reductions and composites on arrays of 10^7 elements."""
+    rng = np.random.default_rng(4)
+    wide = {(32, 16): (10_000, 1_000), (16,): (1_000,)}
+    found = {}
+    for name, (arrays, ours, theirs) in rows.items():
+        if name not in MOVES:
+            large = [rng.uniform(0.5, 1.5, wide[x.shape]).astype(np.float32) for x in arrays]
+            if name == "layer norm":
+                theirs = lambda a, w, b: F.layer_norm(a, (1_000,), w, b)  # noqa: E731
+                ours = lambda a, w, b: nn.functional.layer_norm(a, (1_000,), w, b)  # noqa: E731
+            found[name] = large, ours, theirs
+    return found
+
+
+def run_large(rounds: int, names: list[str]) -> list[dict[str, Any]]:
+    """Forward alone, on all threads, in milliseconds."""
+    torch.set_num_threads(ndl.get_num_threads())
+    found = []
+    print(f"\n{'10^7 elements':18s} {'fwd ms':>9s} {'PyTorch':>9s} {'ratio':>6s}")
+    for name, (arrays, ours, theirs) in enlarged(PRIMITIVES | COMPOSITES).items():
+        if names and name not in names:
+            continue
+        xs = [ndl.Tensor(x, requires_grad=False) for x in arrays]
+        ts = [torch.tensor(x) for x in arrays]
+        a, b = compare(partial(ours, *xs), partial(theirs, *ts), rounds)
+        entry = {"needle_us": a, "torch_us": b, "ratio": a / b}
+        found.append({"name": name, "fwd": entry})
+        print(f"{name:18s} {a / 1e3:9.2f} {b / 1e3:9.2f} {a / b:6.2f}", flush=True)
+    torch.set_num_threads(1)
+    print(f"geometric mean of ratios: {mean_ratio(found, ['fwd']):.2f}")
+    return found
 
 
 def time_call(call: Callable[[], Any], seconds: float = 0.02) -> float:
@@ -233,6 +275,7 @@ def main() -> None:
         "primitives": run_table("primitives", PRIMITIVES, options.rounds, options.names),
         "composites": run_table("composites", COMPOSITES, options.rounds, options.names),
     }
+    tables["large"] = run_large(options.rounds, options.names)
     if not options.names:
         ours, theirs = compare(*training_steps(), options.rounds)
         tables["mlp_tiny"] = [

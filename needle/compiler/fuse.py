@@ -23,8 +23,8 @@ from math import prod
 import needle.ops as ops
 from needle.array.spec import as_axes
 from needle.compiler import OFF
-from needle.compiler.graph import Graph, Node
-from needle.compiler.index import Index, coordinate, delinearize, fixed, linearize  # fmt: skip
+from needle.compiler.graph import Graph, Item, Node
+from needle.compiler.index import Index, coordinate, delinearize, fixed, linearize
 from needle.compiler.loops import COLUMNS, ROWS, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
 from needle.ops.elementwise import Comparison
@@ -385,9 +385,9 @@ class Fuser:
 
     def place_scatter(self, node: Node) -> None:
         group = self.begin("scatter", ())
-        x, *indices = node.inputs
-        for each in (x, *indices):
-            self.ground_random(each)
+        for x in node.inputs:
+            if type(x.op) in (ops.Concatenate, ops.Stack):
+                self.place(x)
         self.group_of[node] = group
         self.read(group, *self.below(node))
 
@@ -401,7 +401,7 @@ class Fuser:
         group = self.begin("host", ())
         self.group_of[node] = group
         for user in self.users[node]:
-            if user.op is not None and type(user.op).__name__ == "Item":
+            if isinstance(user.op, Item):
                 self.group_of[user] = group
         self.read(group, set(inputs), set())
 
@@ -450,10 +450,6 @@ class Fuser:
             if x is node:
                 return True
             x = x.inputs[number]
-
-    def ground_random(self, x: Node) -> None:
-        if type(x.op) in (ops.Concatenate, ops.Stack):
-            self.place(x)
 
     def below(self, node: Node) -> tuple[set[Node], set[Node]]:
         """(placed nodes and leaves, inlined nodes) that a node reads."""

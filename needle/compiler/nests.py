@@ -16,7 +16,7 @@ import numpy as np
 
 import needle.ops as ops
 from needle.compiler.fuse import Fuser, Group, Indices, Piece, reduced_axes
-from needle.compiler.graph import Constant, Node
+from needle.compiler.graph import Constant, Item, Node
 from needle.compiler.index import (
     Index,
     Loops,
@@ -432,10 +432,10 @@ def build(fuser: Fuser, strides: Mapping[Node, Sequence[int]]) -> tuple[list[Any
     hosts = {node: group for node, group in fuser.group_of.items() if group.kind == "host"}
     items: dict[Node, list[Node]] = {}
     for node in hosts:
-        if type(node.op).__name__ == "Item":
+        if isinstance(node.op, Item):
             items.setdefault(node.inputs[0], []).append(node)
     owner = {group.number: node for node, group in fuser.group_of.items()
-             if group.kind in ("host", "scatter") and type(node.op).__name__ != "Item"}  # fmt: skip
+             if group.kind in ("host", "scatter") and not isinstance(node.op, Item)}  # fmt: skip
     nests: list[AnyNest] = []
     for group in in_order(fuser.groups):
         kept = [x for x in group.index if x in stored or isinstance(x.op, Piece)]

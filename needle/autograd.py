@@ -51,6 +51,7 @@ class Mode(threading.local):
     tracing = False  # whether they only describe a program, which nobody watches
     backward_of: Value | None = None  # the node whose gradient rule is running
     trace: Any = None  # what notes all that a jitted function does, while it is traced
+    draw_from: Any = None  # while a jitted function runs op by op: gives its random generator
 
 
 MODE = Mode()
@@ -68,6 +69,7 @@ class Hooks:
     backward: Callable[[], None] | None = None  # after a backward()
     growth: Callable[[], None] | None = None  # when the live values pass `growth_at`
     growth_at = 1 << 62
+    judge: Any = None  # told what each run of a jitted function made, before its results count
 
 
 def is_lazy() -> bool:

@@ -10,54 +10,22 @@ on for PATIENCE steps; only then does it record where values are made.
 from __future__ import annotations
 
 import gc
-import linecache
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from math import isfinite, isnan
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from needle import autograd
+from needle.array.ndarray import NDArray
 from needle.autograd import MODE, Hooks, Value, op_name
 from needle.dtype import FLOATS
 from needle.nn.module import running_path
-
-PACKAGE = str(Path(__file__).parent)
-APPLICATIONS = tuple(str(Path(PACKAGE, room)) for room in ("train", "cli"))
-
-
-class Site(NamedTuple):
-    """Where a value was made: the line of the user's code, and the module that ran."""
-
-    file: str
-    line: int
-    path: str
-    backward: bool
-
-    def __str__(self) -> str:
-        code = linecache.getline(self.file, self.line).strip()
-        place = f"{self.file}:{self.line}" + (f" `{code}`" if code else "")
-        return f"{place} (in {self.path})" if self.path else place
-
-
-def current_site(path: str = "") -> Site:
-    """The innermost line of the stack that is not needle's own; path is the module's."""
-    frame: Any = sys._getframe(1)
-    while frame.f_back is not None and is_inside(frame.f_code.co_filename):
-        frame = frame.f_back
-    in_backward = MODE.backward_of is not None
-    return Site(frame.f_code.co_filename, frame.f_lineno, path, in_backward)
-
-
-def is_inside(file: str) -> bool:
-    """Whether a file is part of the library (the applications in it count as users)."""
-    return file.startswith(PACKAGE) and not file.startswith(APPLICATIONS)
-
+from needle.site import Site, current_site
 
 # Anomalies
 
@@ -70,17 +38,35 @@ class AnomalyDetector:
     """Looks at every computed value; raises at the first that is not finite though its op's inputs
     were."""
 
+    replays = 0  # runs of jitted functions after which they were run again, op by op
+
     def __init__(self, infinities: bool) -> None:
         self.infinities = infinities
+        self.kinds = 3 if infinities else 1  # of runtime.made
         self.sites: WeakKeyDictionary[Value, Site] = WeakKeyDictionary()
+        # By variant of a jitted function: what it will read from outside, which holds no NaN, and
+        # what its last run replaced, whose memory the next one may take
+        self.clean: dict[Any, list[NDArray]] = {}
+        self.spare: dict[Any, list[NDArray]] = {}
+
+    def suspects(self, made: int, read: Iterable[NDArray], found: Iterable[NDArray]) -> bool:
+        """Whether what a program made, read or returned calls for a run op by op."""
+        odd = bool(made & self.kinds) or any(map(has_nan, read))
+        odd = odd or any(self.is_odd(*state_of([x.view])) for x in found if is_odd(x))
+        self.replays += odd
+        return odd
+
+    def is_odd(self, nan: bool, infinite: bool) -> bool:
+        return nan or (infinite and self.infinities)
 
     def made(self, node: Value) -> None:
-        self.sites[node] = current_site(running_path())
+        if MODE.trace is None:
+            self.sites[node] = current_site(running_path())
 
     def computed(self, node: Value) -> None:
         """Check one node; its inputs are still at hand."""
         nan, infinite = state_of(arrays_of(node))
-        if node.op is None or not (nan or (infinite and self.infinities)):
+        if node.op is None or not self.is_odd(nan, infinite):
             return
         name, site = op_name(node.op), self.sites.get(node) or current_site(running_path())
         inputs = [array for x in node.inputs for array in arrays_of(x)]
@@ -122,6 +108,18 @@ def state_of(arrays: list[np.ndarray]) -> tuple[bool, bool]:
     return any(np.isnan(x).any() for x in odd), any(np.isinf(x).any() for x in odd)
 
 
+def has_nan(array: NDArray) -> bool:
+    form = array.form
+    return form.is_float and form.size > 0 and isnan(np.maximum.reduce(array.view, axis=None))
+
+
+def is_odd(array: NDArray) -> bool:
+    """Whether an array may hold a NaN or an infinity."""
+    if array.form.size == 1:
+        return not isfinite(array.view.item())
+    return array.form.is_float
+
+
 def range_of(array: np.ndarray) -> str:
     """Shape, dtype, and the smallest and largest number."""
     numbers = array[~np.isnan(array)].astype(np.float64)
@@ -130,20 +128,24 @@ def range_of(array: np.ndarray) -> str:
 
 
 @contextmanager
-def detect_anomaly(infinities: bool = True) -> Iterator[None]:
+def detect_anomaly(infinities: bool = True) -> Iterator[AnomalyDetector]:
     """Within the block, the first op that makes a NaN (or an infinity, unless infinities=False)
     raises AnomalyError.
 
-    Slow: every value is looked at. Infinities that come in with the data (a mask of -inf) are
-    nobody's fault.
+    In eager and lazy mode every value is looked at, which is slow. A jitted function runs as ever;
+    the processor notes what makes a NaN or an infinity (IEEE 754's exceptions), and then the
+    function runs once more, op by op, from the same state: all is as before the call when the error
+    is raised. `replays` of what the block gives counts such runs, those included that find nothing.
+    Infinities that come in with the data (a mask of -inf) are nobody's fault.
     """
     detector = AnomalyDetector(infinities)
-    before = Hooks.node, Hooks.create
-    Hooks.node, Hooks.create = detector.computed, detector.made
+    before = Hooks.node, Hooks.create, Hooks.judge
+    Hooks.node, Hooks.create, Hooks.judge = detector.computed, detector.made, detector
     try:
-        yield
+        yield detector
     finally:
-        Hooks.node, Hooks.create = before
+        Hooks.node, Hooks.create, Hooks.judge = before
+        detector.clean, detector.spare = {}, {}
 
 
 # Growth

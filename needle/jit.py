@@ -26,6 +26,7 @@ from needle import autograd
 from needle.autograd import MODE, Hooks, Tensor
 from needle.backend.device import Device
 from needle.capture.capture import Capture
+from needle.capture.replay import watched
 from needle.capture.structure import Call, Unfit, in_words, walk
 from needle.capture.variant import Variant
 from needle.compiler.explain import explain
@@ -71,10 +72,8 @@ class JittedFunction:
         self.generators: dict[Device, Generator] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if MODE.trace is not None or MODE.tracing or Hooks.node is not None:
-            return self.function(
-                *args, **kwargs
-            )  # a part of the outer program; or watched, op by op
+        if MODE.trace is not None or MODE.tracing or MODE.draw_from is not None:
+            return self.function(*args, **kwargs)  # a part of the outer program, or of its replay
         if kwargs:
             args, kwargs = self.in_order(args, kwargs)
         call = Call(MODE.grad)
@@ -91,6 +90,7 @@ class JittedFunction:
                 (call.add_static if name in self.static else call.add)(x)
         except Unfit as unfit:
             self.refuse(unfit.args[0], args, kwargs)
+        call.given = args, kwargs
         key = call.close()
         found = self.replay(key, call)
         if found is MISS:
@@ -119,7 +119,9 @@ class JittedFunction:
 
     def run(self, variant: Variant, call: Call, arrays: Any) -> Any:
         self.clock = variant.used = self.clock + 1
-        return variant.run(call, arrays)
+        if Hooks.judge is None:
+            return variant.run(call, arrays)
+        return watched(self.function, self.generator, variant, call, arrays)
 
     def in_order(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments given by name, in their places where that is possible."""

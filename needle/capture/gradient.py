@@ -12,7 +12,16 @@ from typing import Any
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import MODE, RETAINED, Tensor, TensorTuple, TensorTupleOp, Value, spec_of
+from needle.autograd import (
+    MODE,
+    RETAINED,
+    Hooks,
+    Tensor,
+    TensorTuple,
+    TensorTupleOp,
+    Value,
+    spec_of,
+)  # fmt: skip
 from needle.backend.device import Device
 from needle.capture.part import Part
 from needle.capture.trace import Trace
@@ -92,9 +101,10 @@ class JittedCall(TensorTupleOp):
 
     name = "jit"
 
-    def __init__(self, adjoint: Adjoint, saved: dict[int, NDArray]) -> None:
+    def __init__(self, adjoint: Adjoint, saved: dict[int, NDArray], replay: Any = None) -> None:
         self.adjoint = adjoint
         self.saved = saved
+        self.replay = replay  # of the call, if it was watched
 
     def gradient(self, out_grad: Any, node: Any) -> tuple[Any, ...]:
         adjoint, out_grads = self.adjoint, list(out_grad)
@@ -105,10 +115,24 @@ class JittedCall(TensorTupleOp):
             for is_input, place in adjoint.sources
         ]
         arrays = [x.compact() for x in (*arrays, *(dy.realize_cached_data() for dy in out_grads))]
-        found = adjoint.part.run(arrays)
+        if Hooks.judge is None:
+            found = adjoint.part.run(arrays)
+        else:
+            found = self.watched(arrays, node, out_grads)
         values = [found[place] for place in adjoint.places if place is not None]
         grads = iter(items(JittedGradient(adjoint), (*node.inputs, *out_grads), values))
         return tuple(None if place is None else next(grads) for place in adjoint.places)
+
+    def watched(self, arrays: list[NDArray], node: Any, out_grads: list[Any]) -> list[NDArray]:
+        """The gradients; where they may be what the judge looks for, they are computed op by op
+        first: of the function itself if its call was watched too, else of the traced graph."""
+        found, made = self.adjoint.part.watch(arrays, [])
+        if Hooks.judge.suspects(made, arrays[-len(out_grads) :], ()):
+            if self.replay is None:
+                self.adjoint.replay(node.inputs, out_grads)
+            else:
+                self.replay.backward(self.adjoint, out_grads)
+        return found
 
 
 class JittedGradient(TensorTupleOp):
@@ -152,10 +176,10 @@ def items(op: TensorTupleOp, inputs: tuple[Any, ...], arrays: Sequence[NDArray])
 
 
 def call_with_history(
-    adjoint: Adjoint, inputs: Sequence[Any], found: Sequence[NDArray]
+    adjoint: Adjoint, inputs: Sequence[Any], found: Sequence[NDArray], replay: Any
 ) -> dict[int, Tensor]:
     """The differentiable results of a call, by their place."""
     saved = {place: found[place] for is_input, place in adjoint.sources if not is_input}
     arrays = [found[place] for place in adjoint.results]
-    results = items(JittedCall(adjoint, saved), tuple(inputs), arrays)
+    results = items(JittedCall(adjoint, saved, replay), tuple(inputs), arrays)
     return dict(zip(adjoint.results, results, strict=True))

@@ -57,21 +57,34 @@ class Part:
             if shared:
                 reuse = [x and n not in shared for n, x in zip(self.reused, reuse, strict=True)]
             found = self.program(arrays, reuse)
-        if self.rest:
-            found = [*found, *[arrays[x] if type(x) is int else x for x in self.rest]]
-        return found
+        return self.with_rest(found, arrays)
+
+    def watch(self, arrays: list[NDArray], spare: list[NDArray]) -> tuple[list[NDArray], int]:
+        """The outputs, no input overwritten, and what the program made: see runtime.made. spare:
+        what the last run replaced; memory of it that nobody holds is reused."""
+        found, made = [], 0
+        if self.program is not None:
+            free = exclusive(spare, range(len(spare)), HELD[0] - 1)
+            found, made = self.program.watch(arrays, spare, free)
+        return self.with_rest(found, arrays), made
+
+    def with_rest(self, found: list[NDArray], arrays: list[NDArray]) -> list[NDArray]:
+        rest = [arrays[x] if type(x) is int else x for x in self.rest]
+        return [*found, *rest] if rest else found
 
 
-def exclusive(arrays: list[NDArray], numbers: Sequence[int]) -> list[bool]:
-    """Of some arrays, whether only one tensor and this list can see their memory."""
+def exclusive(arrays: list[NDArray], numbers: Sequence[int], held: int = 0) -> list[bool]:
+    """Of some arrays, whether only one tensor and this list can see their memory. held: how many
+    references there are if so, by default HELD's."""
+    held = held or HELD[0]
     chosen = [arrays[number] for number in numbers]
     counts, storages = list(map(sys.getrefcount, chosen)), list(map(STORAGE, chosen))
     owned, own = list(map(sys.getrefcount, storages)), list(map(BLOCK, storages))
     size = len(chosen)
-    if counts == [HELD[0]] * size and owned == [HELD[1]] * size and all(own):
+    if counts == [held] * size and owned == [HELD[1]] * size and all(own):
         return [True] * size
     storages.clear()  # an export that nobody reads any more is dropped by is_alone
-    return [n == HELD[0] and x.is_alone() for n, x in zip(counts, chosen, strict=True)]
+    return [n == held and x.is_alone() for n, x in zip(counts, chosen, strict=True)]
 
 
 STORAGE, BLOCK = attrgetter("storage"), attrgetter("block.ptr")  # 0 of other libraries' memory

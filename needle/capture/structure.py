@@ -72,7 +72,8 @@ class Call:
     """The arguments of one call: Tensors, their arrays (compact), and the key that says which
     program fits them."""
 
-    __slots__ = ("arrays", "key", "tensors")
+    __slots__ = ("arrays", "given", "key", "tensors")
+    given: tuple[Any, Any]  # args and kwargs
 
     def __init__(self, grad: bool) -> None:
         self.tensors: list[Tensor] = []

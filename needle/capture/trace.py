@@ -16,11 +16,11 @@ from needle.array.ndarray import NDArray
 from needle.array.spec import Spec
 from needle.autograd import Tensor, Value, op_name, spec_of
 from needle.backend.device import Device
-from needle.debug import current_site, is_inside
 from needle.errors import TraceError
 from needle.init.random import Generator
 from needle.nn.module import Module, running_path
 from needle.ops.composite import placeholder
+from needle.site import current_site, is_inside
 
 CURES = {  # by the function that wanted the value
     "__bool__": "choose with ndl.where(condition, a, b), or branch on Python values",

@@ -114,14 +114,17 @@ class Variant:
         return [*self.direct, *found] if all(isinstance(x, Tensor) for x in found) else None
 
     def run(self, call: Call, arrays: list[NDArray]) -> Any:
-        """Run the program, write what is written, return what is returned."""
+        """Run the program, which may overwrite what it replaces."""
         first = len(self.arguments) + len(self.direct)
         shared = {n for n, slot in enumerate(self.slots, first) if is_shared(slot.get())}
-        found = self.part.run(arrays, shared)
+        return self.finish(call, self.part.run(arrays, shared))
+
+    def finish(self, call: Call, found: list[NDArray], replay: Any = None) -> Any:
+        """Write what a run found, and return what is returned. replay: of this very call."""
         history: dict[int, Tensor] = {}
         if self.adjoint is not None:
             inputs = [call.tensors[number] for number in self.arguments] + (self.captured() or [])
-            history = call_with_history(self.adjoint, inputs, found)
+            history = call_with_history(self.adjoint, inputs, found, replay)
         for number, place in self.given:
             call.tensors[number].cached_data = found[place]
         for tensor, place in self.data:

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 from needle.array.form import Form, compact_form
 from needle.array.ndarray import NDArray, empty
 from needle.array.spec import Spec
-from needle.autograd import Op, Value
+from needle.autograd import Hooks, Op, Value
 from needle.backend.device import DEVICES
 from needle.backend.numpy import compute
 from needle.compiler import (
@@ -48,7 +49,7 @@ from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall
 from needle.compiler.lower import LOWERED
 from needle.compiler.schedule import Plan, Schedule
 from needle.compiler.target import vector_bits
-from needle.dtype import DType, as_dtype
+from needle.dtype import FLOATS, DType, as_dtype
 from needle.errors import expect
 from needle.ops.elementwise import StopGradient
 
@@ -291,7 +292,11 @@ class Program:
         reuse: for each output that may take an input's place, whether it shall, now.
         IndexError, with nothing overwritten, where an index is out of range.
         """
-        outputs = [*map(empty, self.forms)] if not any(reuse) else self.outputs(arrays, reuse)
+        outputs = (
+            [*map(empty, self.forms)]
+            if not any(reuse)
+            else self.outputs([arrays[number] for number in self.recipe.in_place.values()], reuse)
+        )
         pointers = [x.ptr for x in arrays]
         pointers += [x.ptr for x in outputs]
         if self.memory is not None:
@@ -302,12 +307,34 @@ class Program:
             self.refuse(*flags)
         return outputs
 
-    def outputs(self, arrays: Sequence[NDArray], reuse: Sequence[bool]) -> list[NDArray]:
-        """Arrays for the outputs: inputs where their memory is reused, else new ones."""
+    def watch(
+        self, arrays: Sequence[NDArray], spare: Sequence[NDArray], free: Sequence[bool]
+    ) -> tuple[list[NDArray], int]:
+        """The outputs, none in an input's memory, and what the program made: see runtime.made.
+        spare: arrays for outputs that may take an input's place, which of them are free."""
+        outputs = self.outputs(spare, free)
+        memory = [] if self.memory is None else [empty(self.memory)]
+        found = self.native.watch(*[x.ptr for x in (*arrays, *outputs, *memory)])
+        if type(found) is tuple:
+            self.refuse(*found)
+        return outputs, self.odd | runtime.made(found)
+
+    @cached_property
+    def odd(self) -> int:
+        """NAN where the program has a NaN, or adds or multiplies by an infinite number: neither
+        raises an exception."""
+        arrays = [x for x in self.constants if x.dtype in FLOATS]
+        numbers = [getattr(node.op, "scalar", 0) for node in self.source.nodes]
+        odd = any(np.isnan(x).any() for x in arrays) or not np.isfinite(numbers).all()
+        return runtime.NAN if odd else 0
+
+    def outputs(self, given: Sequence[NDArray], reuse: Sequence[bool]) -> list[NDArray]:
+        """Arrays for the outputs: of those that may take an input's place the given ones where they
+        are reused, else new ones."""
         found: list[Any] = [None] * len(self.forms)
-        for (output, number), yes in zip(self.recipe.in_place.items(), reuse, strict=False):
+        for output, array, yes in zip(self.recipe.in_place, given, reuse, strict=False):
             if yes:
-                found[output] = arrays[number]
+                found[output] = array
         return [empty(form) if x is None else x for x, form in zip(found, self.forms, strict=True)]
 
     def refuse(self, number: int, index: int) -> None:
@@ -329,8 +356,9 @@ class Host:
     def __init__(self, nest: HostCall) -> None:
         self.nest = nest
 
-    def run(self, *pointers: int) -> None:
-        """Compute on arrays at addresses, and write to the outputs' addresses."""
+    def run(self, *pointers: int) -> bool:
+        """Compute on arrays at addresses, and write to the outputs' addresses. Whether they hold a
+        NaN or an infinity, where somebody wants to know."""
         places = (*self.nest.inputs, *self.nest.outputs)
         views = [as_view(p, b, shape) for p, (b, shape) in zip(pointers, places, strict=True)]
         inputs = views[: len(self.nest.inputs)]
@@ -340,6 +368,8 @@ class Host:
         results = found if isinstance(found, tuple) else (found,)
         for view, result in zip(views[len(inputs) :], results, strict=True):
             np.copyto(view, result, casting="same_kind")
+        written = [x for x in views[len(inputs) :] if x.dtype in FLOATS]
+        return Hooks.judge is not None and not all(np.isfinite(x).all() for x in written)
 
 
 def as_view(pointer: int, buffer: Buffer, shape: tuple[int, ...]) -> np.ndarray:

@@ -69,7 +69,6 @@ NANOSECONDS = {  # of an operation on one element; on what is not here, 0.02
     "urem": 2.0, "const": 0.0, "param": 0.0, "axis": 0.0,
 }  # fmt: skip
 FREE = frozenset({"const", "param", "axis", "load", "acc", "bitcast"})
-DIVISIONS = frozenset({"sdiv", "srem", "udiv", "urem"})
 
 
 @dataclass(frozen=True)
@@ -733,9 +732,6 @@ class Kernel(Writer):
             return self.select(args[0], args[1], args[2], dtype, lanes)
         if each.op in COMPARE:
             return self.compare(each.op, source, lanes, args[0], args[1])
-        if each.op in DIVISIONS and u is not None and self.masks:
-            one = constant(1, dtype, lanes)  # an inactive lane must not trap
-            args[1] = self.select(self.masks[u], args[1], one, dtype, lanes)
         return self.arithmetic(each.op, dtype, lanes, args)
 
     def emit_param(self, each: Expr, _: int | None) -> str:
@@ -749,7 +745,7 @@ class Kernel(Writer):
         if u is None:
             return self.coordinates[each.attr]
         if each.attr == self.vector:
-            return self.count_up(self.starts[u], self.lanes)
+            return self.fill(each, u, self.count_up(self.starts[u], self.lanes))
         return self.splat(self.coordinates[each.attr], int64, self.lanes)
 
     def emit_scan(self, each: Expr, u: int) -> str:
@@ -758,7 +754,7 @@ class Kernel(Writer):
 
     def emit_acc(self, each: Expr, u: int) -> str:
         pointer = self.at(self.tile, self.starts[u], memory(each.dtype))
-        return self.load(pointer, each.dtype, self.lanes, self.active(u))
+        return self.fill(each, u, self.load(pointer, each.dtype, self.lanes, self.active(u)))
 
     def emit_check(self, each: Expr, u: int | None) -> str:
         """An index, wrapped; out of range it is 0 and sets the flags, unless others are set."""
@@ -856,8 +852,20 @@ class Kernel(Writer):
             mask = self.arithmetic("and", bool_, lanes, [mask, active])
         mask = mask or active
         if self.spread(access) is False:
-            return self.load(self.at(pointer, self.starts[u], memory(dtype)), dtype, lanes, mask)
-        return self.gather(pointer, self.indices(access, u), dtype, lanes, mask)
+            found = self.load(self.at(pointer, self.starts[u], memory(dtype)), dtype, lanes, mask)
+        else:
+            found = self.gather(pointer, self.indices(access, u), dtype, lanes, mask)
+        return self.fill(each, u, found)
+
+    def fill(self, each: Expr, u: int, x: str) -> str:
+        """x with the block's first element in all inactive lanes, so that they trap and raise
+        floating-point exceptions where that one does, and nowhere else."""
+        if not self.masks:
+            return x
+        if u == 0:
+            first = self.lane(x, each.dtype, self.lanes)
+            self.known[each, "first"] = self.splat(first, each.dtype, self.lanes)
+        return self.select(self.masks[u], x, self.known[each, "first"], each.dtype, self.lanes)
 
     def write(self, store: Store, u: int) -> None:
         """A store of the u-th vector. A place that does not move with the lanes has one lane."""

@@ -72,7 +72,11 @@ def power_scalar(op: Any, x: Expr) -> Expr:
 
 
 def power(op: Any, a: Expr, b: Expr) -> Expr:
-    return math.pow(a, b) if a.dtype in FLOATS else math.integer_power(a, b)
+    if a.dtype not in FLOATS:
+        return math.integer_power(a, b)
+    y = math.pow(a, b)
+    bad = y.differs(y) & a.equals(a) & b.equals(b)
+    return select(bad, literal(0, a.dtype), y) * select(bad, literal(np.inf, a.dtype), 1)
 
 
 def sign(op: Any, x: Expr) -> Expr:
@@ -175,6 +179,26 @@ def unary_math(name: str) -> Callable[..., Expr]:
     return lambda op, x: function(x)
 
 
+# What math.py's functions select, and no arithmetic makes, would raise no floating-point exception
+# (runtime.py, `made`): it is made by arithmetic here
+
+
+def logarithm(name: str, pole: float) -> Callable[..., Expr]:
+    """-inf by an overflow at the pole, NaN by an invalid operation below it."""
+
+    def lowered(op: Any, x: Expr) -> Expr:
+        huge, inside, at = float(np.finfo(x.dtype).max), x > pole, x.equals(pole)
+        y = select(inside, math.MATH[name](x), select(at, literal(-huge, x.dtype), 0))
+        return y * select(inside, literal(1, x.dtype), select(at, literal(huge, x.dtype), np.inf))
+
+    return lowered
+
+
+def trigonometric(name: str) -> Callable[..., Expr]:
+    """NaN by an invalid operation where x is infinite."""
+    return lambda op, x: math.MATH[name](x) - (x - x)
+
+
 ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.EWiseAdd: add,
     Subtract: lambda op, a, b: a - b,
@@ -190,12 +214,12 @@ ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.Sign: sign,
     ops.Exp: unary_math("exp"),
     ops.Expm1: unary_math("expm1"),
-    ops.Log: unary_math("log"),
-    ops.Log1p: unary_math("log1p"),
+    ops.Log: logarithm("log", 0),
+    ops.Log1p: logarithm("log1p", -1),
     ops.Sqrt: lambda op, x: sqrt(x),
     ops.Rsqrt: lambda op, x: 1 / sqrt(x),
-    ops.Sin: unary_math("sin"),
-    ops.Cos: unary_math("cos"),
+    ops.Sin: trigonometric("sin"),
+    ops.Cos: trigonometric("cos"),
     ops.Tanh: unary_math("tanh"),
     ops.Erf: unary_math("erf"),
     ops.ReLU: relu,

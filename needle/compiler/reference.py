@@ -63,6 +63,10 @@ class ReferenceProgram:
             outputs[place] = arrays[number]
         return outputs
 
+    def watch(self, arrays: Sequence[NDArray], *spare: Any) -> tuple[list[NDArray], int]:
+        """The outputs, and that anything may have been made: nothing watches NumPy."""
+        return self(arrays), -1
+
     def __repr__(self) -> str:
         return f"{len(self.steps)} ops, run one by one by the reference device"
 

@@ -15,6 +15,7 @@ declare ptr @PyEval_SaveThread()
 declare i64 @PyLong_AsUnsignedLongLongMask(ptr)
 declare ptr @PyLong_FromLongLong(i64)
 declare ptr @PyObject_CallNoArgs(ptr)
+declare i32 @PyObject_IsTrue(ptr)
 declare ptr @Py_BuildValue(ptr, ...)
 declare void @Py_DecRef(ptr)
 declare i64 @llvm.umax.i64(i64, i64)
@@ -73,6 +74,7 @@ out:
 }
 
 ; The lowest number of a failed check, plus 1, or 0; where several threads have it, the first one's.
+; And all floating-point exceptions that threads have noted.
 define internal i64 @look(ptr %job) {
 entry:
   %table = pointer job.table
@@ -80,6 +82,7 @@ entry:
 each:
   %thread = phi i64 [0, %entry], [%next, %after]
   %best = phi i64 [0, %entry], [%better, %after]
+  %before = phi i64 [0, %entry], [%raised, %after]
   %at = getelementptr ptr, ptr %table, i64 %thread
   %scratch = load ptr, ptr %at
   %flag = load i64, ptr %scratch
@@ -92,10 +95,14 @@ keep:
   set job.index = i64 %index
 after:
   %better = phi i64 [%best, %each], [%flag, %keep]
+  %third = getelementptr i64, ptr %scratch, i64 2
+  %noted = load i64, ptr %third
+  %raised = or i64 %before, %noted
   %next = add i64 %thread, 1
   if eq i64 %next, %n then out else each
 out:
   set job.flag = i64 %better
+  set job.raised = i64 %raised
   ret i64 %better
 }
 
@@ -108,6 +115,8 @@ entry:
   %at = getelementptr ptr, ptr %table, i64 %thread
   %scratch = load ptr, ptr %at
   store i64 0, ptr %scratch
+  %third = getelementptr i64, ptr %scratch, i64 2
+  store i64 0, ptr %third
   %launches = word program.launches
   %first = address program.first
 next:
@@ -133,7 +142,12 @@ kind:
 host:
   if eq i64 %thread, 0 then call else next
 call:
-  call void @host(ptr %job, ptr %kernel)
+  call void @note(ptr %third)
+  %made = call i64 @host(ptr %job, ptr %kernel)
+  call i64 @enter_mode()
+  %known = load i64, ptr %third
+  %more = or i64 %known, %made
+  store i64 %more, ptr %third
   br label %next
 units:
   %args = pointer launch.args
@@ -164,12 +178,23 @@ run:
   call void %kernel(ptr %args, i64 %from, i64 %to, ptr %scratch)
   br label %next
 out:
+  call void @note(ptr %third)
+  ret void
+}
+
+; Add the floating-point exceptions that this thread has raised since it entered its mode.
+define internal void @note(ptr %noted) {
+  %before = load i64, ptr %noted
+  %now = call i64 @raised()
+  %all = or i64 %before, %now
+  store i64 %all, ptr %noted
   ret void
 }
 
 ; A call into Python, by the thread that entered the program; python: its state while it is away
 ; from Python, or null. An error stays in that state, and ends the program at the next barrier.
-define internal void @host(ptr %job, ptr %function) {
+; All ones where it returns True: what Python raises is unknown, but it made a NaN or an infinity.
+define internal i64 @host(ptr %job, ptr %function) {
 entry:
   %thread = pointer job.python
   %held = icmp eq ptr %thread, null
@@ -183,13 +208,17 @@ fail:
   set job.failed = i64 1
   br label %after
 drop:
+  %truth = call i32 @PyObject_IsTrue(ptr %result)
+  %wide = sext i32 %truth to i64
+  %odd = sub i64 0, %wide
   call void @Py_DecRef(ptr %result)
 after:
+  %made = phi i64 [0, %fail], [%odd, %drop]
   br i1 %held, label %out, label %give
 give:
   %again = call ptr @PyEval_SaveThread()
 out:
-  ret void
+  ret i64 %made
 }
 
 ; A worker's life. It counts itself a sleeper before it looks at the ticket for the last time, and a
@@ -230,6 +259,7 @@ awake:
 choose:
   if ult i64 %thread, %n then work else begin
 work:
+  call i64 @enter_mode()
   %job = pointer state.job
   call void @share(ptr %state, ptr %job, i64 %thread)
   call void @meet(ptr %state, ptr %job, i1 false)
@@ -240,10 +270,10 @@ out:
 }
 
 ; A caller's run of a program. One that is small, or that a host call started on the thread that
-; holds the pool, runs on that thread alone.
-define internal ptr @execute(ptr %state, ptr %program, ptr %externals) {
+; holds the pool, runs on that thread alone. Returns which of the `told` exceptions were raised.
+define internal ptr @execute(ptr %state, ptr %program, ptr %externals, i64 %told) {
 entry:
-  %job = alloca [8 x i64]
+  %job = alloca [16 x i64]
   set job.program = ptr %program
   set job.failed = i64 0
   set job.python = ptr null
@@ -295,7 +325,9 @@ checks:
   %flag = word job.flag
   if eq i64 %flag, 0 then zero else tell
 zero:
-  %result = call ptr @PyLong_FromLongLong(i64 0)
+  %raised = word job.raised
+  %some = and i64 %raised, %told
+  %result = call ptr @PyLong_FromLongLong(i64 %some)
   ret ptr %result
 tell:
   %number = sub i64 %flag, 1
@@ -429,12 +461,23 @@ build:
   set launch.grain = i64 %grain
   set launch.rotation = i64 0
   set launch.flags = i64 0
-  %result = call ptr @execute(ptr %state, ptr %program, ptr null)
+  %result = call ptr @execute(ptr %state, ptr %program, ptr null, i64 0)
   ret ptr %result
 }
 
 ; run(*pointers). self: the program.
 define ptr @run(ptr %self, ptr %args, i64 %count) {
+  %result = call ptr @call(ptr %self, ptr %args, i64 %count, i64 0)
+  ret ptr %result
+}
+
+; The same, which tells of floating-point exceptions.
+define ptr @watch(ptr %self, ptr %args, i64 %count) {
+  %result = call ptr @call(ptr %self, ptr %args, i64 %count, i64 -1)
+  ret ptr %result
+}
+
+define internal ptr @call(ptr %self, ptr %args, i64 %count, i64 %told) {
 entry:
   %base = call i64 @PyLong_AsUnsignedLongLongMask(ptr %self)
   %program = inttoptr i64 %base to ptr
@@ -451,6 +494,6 @@ fail:
   ret ptr null
 go:
   %state = pointer program.state
-  %result = call ptr @execute(ptr %state, ptr %program, ptr %words)
+  %result = call ptr @execute(ptr %state, ptr %program, ptr %words, i64 %told)
   ret ptr %result
 }

@@ -9,9 +9,10 @@ at barriers.
 
 Both are functions of Python's C interface, written in LLVM IR (runner.ll): a call costs 0.1 us
 where ctypes takes 0.5. They give 0, or (number, index) of a failed check, that with the lowest
-number. Work that is small runs on the calling thread, which keeps Python's lock; other work is done
-by the pool for one caller at a time, without Python's lock. Workers wait in a loop for some
-microseconds, then asleep.
+number; `Program.watch` gives in place of 0 which floating-point exceptions were raised. Work that
+is small runs on the calling thread, which keeps Python's lock; other work is done by the pool for
+one caller at a time, without Python's lock. Workers wait in a loop for some microseconds, then
+asleep.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TABLES = {  # the runner's memory, by number of an 8-byte word
     },
     "job": {  # one run of a program
         "program": 0, "table": 1, "n": 2, "stop": 3, "failed": 4, "python": 5, "flag": 6,
-        "index": 7,
+        "index": 7, "raised": 8,
     },
     "program": {
         "launches": 0, "small": 1, "useful": 2, "state": 3, "externals": 4, "patches": 5,
@@ -67,15 +68,19 @@ MANY = 16  # launches in a row that are not small, even if each one is
 FLAGS = 64  # bytes of a thread's scratch memory that tell of checks
 SCRATCH = 1 << 18  # bytes of it that are there from the start
 
-MODES = {  # IEEE 754's rounding and subnormals, whatever a thread had set: pause, read, write
+MODES = {  # IEEE 754's rounding and subnormals, whatever a thread had set, and no exception raised:
+    # pause, read, write, what to write, forget exceptions, read exceptions
     "x86": (
         "call void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse.stmxcsr(ptr %slot)",
-        "call void @llvm.x86.sse.ldmxcsr(ptr %slot)", 0x1F80,
+        "call void @llvm.x86.sse.ldmxcsr(ptr %slot)", 0x1F80, "",
+        "call void @llvm.x86.sse.stmxcsr(ptr %slot)",
     ),
     "arm": (
         "call void @llvm.aarch64.hint(i32 1)",
         "%now = call i64 @llvm.aarch64.get.fpcr()\n  store i64 %now, ptr %slot",
         "call void @llvm.aarch64.set.fpcr(i64 %mode)", 0,
+        "call void @llvm.aarch64.set.fpsr(i64 0)",
+        "%now = call i64 @llvm.aarch64.get.fpsr()\n  store i64 %now, ptr %slot",
     ),
 }  # fmt: skip
 MODE = """
@@ -89,7 +94,15 @@ define internal i64 @enter_mode() {{
   {1}
   %old = load i64, ptr %slot
   call void @leave_mode(i64 {3})
+  {4}
   ret i64 %old
+}}
+define internal i64 @raised() {{
+  %slot = alloca i64
+  store i64 0, ptr %slot
+  {5}
+  %all = load i64, ptr %slot
+  ret i64 %all
 }}
 define internal void @leave_mode(i64 %mode) {{
   %slot = alloca i64
@@ -176,8 +189,9 @@ class Pool:
     """Worker threads, which are started when they are first needed."""
 
     def __init__(self, threads: int) -> None:
-        names = ["worker", "launch", "run"]
-        worker, self.launch_at, self.run_at = engine.library("runner", runner(), names)
+        names = ["worker", "launch", "run", "watch"]
+        worker, *found = engine.library("runner", runner(), names)
+        self.launch_at, self.run_at, self.watch_at = found
         self.work = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(worker)
         self.c = ctypes.CDLL(None)
         self.c.pthread_self.restype = ctypes.c_uint64
@@ -333,6 +347,15 @@ def launcher() -> Callable[..., Any]:
 
 # Programs
 
+NAN, INFINITY = 1, 2  # what `made` tells of
+
+
+def made(raised: int) -> int:
+    """Whether finite numbers made a NaN (an invalid operation), and infinities (a division by zero,
+    an overflow), from the exceptions that `Program.watch` gives."""
+    infinite = raised & (0b1100 if host().is_x86 else 0b110)
+    return (NAN if raised & 1 else 0) | (INFINITY if infinite else 0)
+
 
 @dataclass(frozen=True)
 class External:
@@ -344,13 +367,14 @@ class External:
 
 @dataclass
 class Launch:
-    """One row of a program: a native kernel, or a Python function of the slots.
+    """One row of a program: a native kernel, or a Python function of the slots, which returns
+    whether it made a NaN or an infinity.
 
     `step` grows where a barrier is needed before the launch. Where `checks` is true, the program
     ends at the next barrier if a check has failed.
     """
 
-    kernel: int | Callable[..., None]
+    kernel: int | Callable[..., Any]
     slots: Sequence[int | External]
     units: int = 1
     grain: int = 1  # units that are worth a thread
@@ -393,9 +417,11 @@ class Program:
             self.patches.ctypes.data, sum(shares),
         )  # fmt: skip
         owner = (self.memory, self.blocks, self.patches, self.functions)
-        self.run = bind(pool().run_at, self.memory.ctypes.data, owner)
+        address = self.memory.ctypes.data
+        self.run = bind(pool().run_at, address, owner)
+        self.watch = bind(pool().watch_at, address, owner)
 
-    def function(self, call: Callable[..., None], block: np.ndarray) -> int:
+    def function(self, call: Callable[..., Any], block: np.ndarray) -> int:
         """The address of a Python function without arguments, which takes the slots' values."""
         self.functions.append(lambda: call(*block.tolist()))
         return id(self.functions[-1])

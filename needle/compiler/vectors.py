@@ -281,16 +281,20 @@ class Writer:
 
     def saturate(self, x: str, source: DType, target: DType, lanes: int) -> str:
         """A float as an integer. LLVM's own fptosi.sat is not vectorised for x86; outside the
-        range the instruction gives something, which is replaced."""
-        kind, bounds = typed(target, lanes), np.iinfo(target)
-        op = "fptosi" if target.kind == "i" else "fptoui"
-        found = self.convert(op, x, register(source), register(target), lanes)
-        found = self.let(f"freeze {kind} {found}")
+        range the instruction would raise an exception, and is given 0."""
+        bounds, zero, inside = np.iinfo(target), constant(0, source, lanes), x
         ends = (("oge", float(bounds.max) + 1, bounds.max), ("olt", bounds.min, bounds.min))
+        outside = []
         for relation, end, value in (*ends, ("uno", 0, 0)):
             bound = constant(float(end), source, lanes)
-            outside = self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}")
-            found = self.select(outside, constant(value, target, lanes), found, target, lanes)
+            outside.append(
+                (self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}"), value)
+            )
+            inside = self.select(outside[-1][0], zero, inside, source, lanes)
+        op = "fptosi" if target.kind == "i" else "fptoui"
+        found = self.convert(op, inside, register(source), register(target), lanes)
+        for condition, value in outside:
+            found = self.select(condition, constant(value, target, lanes), found, target, lanes)
         return found
 
     def widen(self, x: str, source: DType, lanes: int) -> str:

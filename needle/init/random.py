@@ -80,7 +80,9 @@ def generator() -> Generator | None:
 def drawing(device: Device) -> Generator | None:
     """Where the next draw comes from; a jitted function's own generator where NumPy's global one
     would bake its numbers in."""
-    return Source.generator if MODE.trace is None else MODE.trace.generator(device)
+    if MODE.trace is not None:
+        return MODE.trace.generator(device)
+    return Source.generator if MODE.draw_from is None else MODE.draw_from(device)
 
 
 @dataclass

@@ -75,8 +75,7 @@ def power(op: Any, a: Expr, b: Expr) -> Expr:
     if a.dtype not in FLOATS:
         return math.integer_power(a, b)
     y = math.pow(a, b)
-    bad = y.differs(y) & a.equals(a) & b.equals(b)
-    return select(bad, literal(0, a.dtype), y) * select(bad, literal(np.inf, a.dtype), 1)
+    return product_unless(y.equals(y) | a.differs(a) | b.differs(b), y, 0, np.inf)
 
 
 def sign(op: Any, x: Expr) -> Expr:
@@ -183,13 +182,20 @@ def unary_math(name: str) -> Callable[..., Expr]:
 # (runtime.py, `made`): it is made by arithmetic here
 
 
+def product_unless(good: Expr, y: Expr, a: Any, b: Any) -> Expr:
+    """y where that is good, else a * b. Elsewhere 2 * 2 is computed: LLVM moves what is multiplied
+    by a chosen 1 into the choice."""
+    two = literal(2, y.dtype)
+    return select(good, y, select(good, two, a) * select(good, two, b))
+
+
 def logarithm(name: str, pole: float) -> Callable[..., Expr]:
     """-inf by an overflow at the pole, NaN by an invalid operation below it."""
 
     def lowered(op: Any, x: Expr) -> Expr:
-        huge, inside, at = float(np.finfo(x.dtype).max), x > pole, x.equals(pole)
-        y = select(inside, math.MATH[name](x), select(at, literal(-huge, x.dtype), 0))
-        return y * select(inside, literal(1, x.dtype), select(at, literal(huge, x.dtype), np.inf))
+        huge, at = literal(np.finfo(x.dtype).max, x.dtype), x.equals(pole)
+        factors = select(at, literal(-np.finfo(x.dtype).max, x.dtype), 0), select(at, huge, np.inf)
+        return product_unless(x > pole, math.MATH[name](x), *factors)
 
     return lowered
 

@@ -23,6 +23,7 @@ import numpy as np
 from needle import autograd
 from needle.array.ndarray import NDArray
 from needle.autograd import MODE, Hooks, Value, op_name
+from needle.compare import compare as compare
 from needle.dtype import FLOATS
 from needle.nn.module import running_path
 from needle.site import Site, current_site

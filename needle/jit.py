@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from inspect import Parameter, signature
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from needle.capture.structure import Call, Unfit, in_words, walk
 from needle.capture.variant import Variant
 from needle.compiler.explain import explain
 from needle.compiler.reference import ReferenceProgram
+from needle.errors import expect
 from needle.init.random import Generator, Source
 
 MOST_VARIANTS = 64  # of one function; the one unused for longest goes
@@ -224,23 +226,33 @@ class JittedFunction:
         """Why each variant was made, in order."""
         return [reason for reason, _ in self.made]
 
+    def kept(self) -> list[Variant]:
+        return [each for some in self.known.values() for each in some]
+
     def programs(self) -> list[tuple[str, list[Any]]]:
         """Of each variant that is kept: why it was made, and its programs, forward and backward."""
-        kept = [each for some in self.known.values() for each in some]
-        return [(each.reason, each.programs()) for each in kept]
+        return [(each.reason, each.programs()) for each in self.kept()]
 
-    def explain(self, level: str = "summary", kernel: int | None = None) -> str:
+    def explain(self, level: str = "summary", kernel: int | None = None, time: bool = False) -> str:
         """What was compiled, why, and how: of every variant that is kept, one stage.
 
         level: "summary" (kernels, memory, why fusions were refused), "graph", "loops", "llvm" or
-        "asm"; kernel: its number, None for all. ValueError for what there is not.
+        "asm"; kernel: its number, None for all. time: the summary with how long each kernel and
+        each of its nests takes, and its share of what this machine can do, measured now: on copies
+        of what the function reads from outside, and on arguments of ones. ValueError for what there
+        is not.
         """
+        timed = time and level == "summary"
+        expect(timed or not time, f"explain: expected times of a summary; received {level!r}")
         parts = [f"{self.name}: {len(self.made)} variants"]
-        for number, (reason, programs) in enumerate(self.programs()):
-            parts.append(f"variant {number}, {reason}")
-            for program in programs:
-                runs_ops = isinstance(program, ReferenceProgram)
-                parts.append(f"{program}" if runs_ops else explain(program, level, kernel))
+        for number, variant in enumerate(self.kept()):
+            parts.append(f"variant {number}, {variant.reason}")
+            for program, given in zip_longest(variant.programs(), [variant.known()]):
+                if isinstance(program, ReferenceProgram):
+                    parts.append(f"{program}")
+                    continue
+                given = given or [None] * program.recipe.inputs
+                parts.append(explain(program, level, kernel, given if time else None))
         return "\n".join(parts)
 
     def __str__(self) -> str:

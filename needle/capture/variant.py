@@ -71,6 +71,10 @@ class Variant:
         parts = [self.part] if self.adjoint is None else [self.part, self.adjoint.part]
         return [each.program for each in parts if each.program is not None]
 
+    def known(self) -> list[Any]:
+        """Of the forward program's inputs, the arrays that are there between calls, else None."""
+        return [*[None] * len(self.arguments), *map(DATA, self.captured() or ())]
+
     @property
     def writes(self) -> bool:
         return bool(self.given or self.data or self.stores or self.grads)

@@ -5,16 +5,25 @@ summary   each kernel: its nests with ops, parallel units, bytes and flops; why 
 graph     the nodes after simplify
 loops     the nests; of one kernel, or of all
 llvm, asm the code of each nest
+
+With `time`, the summary has each kernel's and nest's time, and how near it comes to what the
+machine can do: see Times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from math import prod
+from statistics import median
+from time import perf_counter
 from typing import Any
 
+import numpy as np
+
+from needle.array.ndarray import NDArray, empty
 from needle.compiler import compile as passes
-from needle.compiler import engine
+from needle.compiler import engine, limits, runtime
 from needle.compiler.compile import format_bytes
 from needle.compiler.graph import Input, Node
 from needle.compiler.loops import (
@@ -29,10 +38,16 @@ from needle.compiler.loops import (
 from needle.errors import expect
 
 LEVELS = ("summary", "graph", "loops", "llvm", "asm")
+ROUNDS = 15  # in which kernels are timed
 
 
-def explain(program: passes.Program, level: str = "summary", kernel: int | None = None) -> str:
-    """One stage of a program, whole or for one kernel.
+def explain(
+    program: passes.Program,
+    level: str = "summary",
+    kernel: int | None = None,
+    given: Sequence[NDArray | None] | None = None,
+) -> str:
+    """One stage of a program, whole or for one kernel; its summary with times on `given` inputs.
 
     ValueError: an unknown level, a kernel that there is not.
     """
@@ -46,7 +61,8 @@ def explain(program: passes.Program, level: str = "summary", kernel: int | None 
         return str(lowered.graph)
     chosen = range(count) if kernel is None else [kernel]
     if level == "summary":
-        return "\n".join(summary(program, lowered, chosen))
+        times = None if given is None else Times(program, given)
+        return "\n".join(summary(program, lowered, chosen, times))
     return "\n\n".join(show_stage(lowered, each, level) for each in chosen)
 
 
@@ -62,7 +78,7 @@ def show_stage(lowered: passes.Lowered, kernel: int, level: str) -> str:
 
 
 def summary(
-    program: passes.Program, lowered: passes.Lowered, chosen: Iterable[int]
+    program: passes.Program, lowered: passes.Lowered, chosen: Iterable[int], times: Times | None
 ) -> Iterator[str]:
     kernels = lowered.schedule.kernels
     nests = sum(map(len, kernels))
@@ -74,9 +90,12 @@ def summary(
         f"{number_of(nests, 'nest')}, {codes} different; {found}"
     )
     for number in chosen:
-        yield f"kernel {number}"
-        for nest in kernels[number]:
-            yield from describe_nest(nest)
+        yield f"kernel {number}" + (times.of_kernel(number) if times else "")
+        first = sum(map(len, kernels[:number]))
+        for place, nest in enumerate(kernels[number], first):
+            yield from describe_nest(nest, times.of_nest(place, nest) if times else "")
+    if times:
+        yield times.total()
     yield from describe_memory(lowered)
     refusals = dict.fromkeys(each for group in lowered.fuser.groups for each in group.refusals)
     for each in refusals:
@@ -85,12 +104,76 @@ def summary(
     yield f"host calls: {', '.join(map(str, hosts)) or 'none'}"
 
 
-def describe_nest(nest: AnyNest) -> Iterator[str]:
+class Times:
+    """How long each kernel and each nest of a program take: medians over rounds in which they run
+    one by one, in the program's order, on copies of the inputs and on outputs of their own. An
+    input that is not given is 1, an integer 0."""
+
+    def __init__(self, program: passes.Program, given: Sequence[NDArray | None]) -> None:
+        pairs = zip(given, program.source.inputs, strict=True)
+        arrays = [NDArray(sample(node) if x is None else x) for x, node in pairs]
+        arrays += [empty(each) for each in (*program.forms, program.memory) if each is not None]
+        rows = [program.launch(each) for each in program.recipe.launches]
+        kernels = [list(group) for _, group in groupby(rows, lambda row: row.step)]
+        parts = [[rows], kernels, [[row] for row in rows]]
+        self.threads = runtime.get_num_threads()
+        found = [timed(part, [x.ptr for x in arrays]) for part in parts]
+        (self.whole,), self.kernels, self.nests = found
+
+    def of_kernel(self, number: int) -> str:
+        time = self.kernels[number]
+        return f": {format_time(time)}, {time / sum(self.kernels):.1%}"
+
+    def of_nest(self, place: int, nest: AnyNest) -> str:
+        """The time, and the larger one of its shares of bandwidth and arithmetic peak."""
+        wide = any(each.dtype == np.float64 for each in nest.reads() | nest.writes())
+        peak = limits.peak(np.dtype(np.float64 if wide else np.float32), self.threads)
+        moved = sum(map(nbytes, (*nest.reads(), *nest.writes())))
+        shares = (
+            (moved / limits.bandwidth(self.threads) / self.nests[place], "bandwidth"),
+            (flops(nest) / peak / self.nests[place], "arithmetic peak"),
+        )
+        share, limit = max(shares)
+        return f", {format_time(self.nests[place])}, {share:.0%} of {limit}"
+
+    def total(self) -> str:
+        peak = limits.peak(np.dtype(np.float32), self.threads) / 1e9
+        return (
+            f"total: {format_time(sum(self.kernels))} kernel by kernel, {format_time(self.whole)} "
+            f"at once, on {number_of(self.threads, 'thread')} with {peak:,.0f} GFLOP/s in float32 "
+            f"and {limits.bandwidth(self.threads) / 1e9:,.1f} GB/s"
+        )
+
+
+def sample(node: Node) -> np.ndarray:
+    """A value of an input that is not known."""
+    return np.full(node.shape, node.spec.is_float, node.spec.dtype)
+
+
+def timed(parts: Sequence[Sequence[runtime.Launch]], pointers: Sequence[int]) -> list[float]:
+    """Seconds that each part of a program takes; the parts are run in turn."""
+    programs = [runtime.Program(part, len(pointers)) for part in parts]
+    found: list[list[float]] = []
+    for _ in range(ROUNDS):
+        found.append([])
+        for program in programs:
+            start = perf_counter()
+            program.run(*pointers)
+            found[-1].append(perf_counter() - start)
+    return [median(each) for each in zip(*found, strict=True)]
+
+
+def format_time(seconds: float) -> str:
+    """0.00123 -> 1,230.0 us"""
+    return f"{seconds * 1e6:,.1f} us"
+
+
+def describe_nest(nest: AnyNest, time: str = "") -> Iterator[str]:
     """Ops and where they were written, sizes, parallel units, bytes and flops."""
     read, written = (sum(map(nbytes, each)) for each in (nest.reads(), nest.writes()))
     size = f"{format_bytes(read)} read, {format_bytes(written)} written"
     units = "" if isinstance(nest, HostCall) else ", " + units_of(nest)
-    yield f"  {kind_of(nest)}{units}, {size}, {flops(nest):,} flops"
+    yield f"  {kind_of(nest)}{units}, {size}, {flops(nest):,} flops{time}"
     names = [node.name for node in nest.ops if isinstance(node, Node)]
     yield f"    {', '.join(names)}"
     places = dict.fromkeys(node.place for node in nest.ops if isinstance(node, Node) and node.place)

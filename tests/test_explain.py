@@ -13,6 +13,7 @@ from checks import draw
 import needle as ndl
 from needle import nn, ops, optim
 from needle.autograd import Tensor, TensorOp
+from needle.compiler import limits
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:
@@ -177,3 +178,62 @@ def test_unknown_levels_and_kernels(step: Any) -> None:
         step.explain("x")
     with pytest.raises(ValueError, match=r"explain: expected a kernel below \d+; received 99"):
         step.explain(kernel=99)
+
+
+# Times
+
+
+@pytest.fixture
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 2e11 operations and 1e10 bytes per second."""
+    monkeypatch.setattr(limits, "peak", lambda dtype, threads: 2e11)
+    monkeypatch.setattr(limits, "bandwidth", lambda threads: 1e10)
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+@pytest.mark.usefixtures("known_limits")
+def test_times_are_shares_of_the_whole_and_of_the_machine(step: Any) -> None:
+    plain, timed = step.explain().splitlines(), step.explain(time=True).splitlines()
+    (total,) = [line for line in timed if line.startswith("total:")]
+    assert re.search(r"on \d+ threads? with 200 GFLOP/s in float32 and 10\.0 GB/s$", total)
+    whole = number(re.findall(r"total: ([\d,.]+) us kernel by kernel", total)[0])
+    kernels = [re.fullmatch(r"kernel \d+: ([\d,.]+) us, ([\d.]+)%", line) for line in timed]
+    found = [(number(x[1]), float(x[2])) for x in kernels if x]
+    assert len(found) == sum(line.startswith("kernel") for line in plain)
+    assert abs(sum(time for time, _ in found) - whole) <= 0.1 * len(found)
+    assert abs(sum(share for _, share in found) - 100) <= 0.1 * len(found)
+    nests = re.findall(
+        r"([\d,]+) flops, ([\d,.]+) us, (\d+)% of (bandwidth|arithmetic peak)", str(timed)
+    )
+    assert len(nests) == sum(line.endswith(" flops") for line in plain)
+    for flops, time, share, limit in nests:
+        if limit == "arithmetic peak" and number(time) > 1:
+            assert abs(number(flops) / 2e11 / (number(time) * 1e-6) - float(share) / 100) < 0.02
+    # But for the times it is the summary
+    bare = [re.sub(r": [\d,.]+ us, [\d.]+%|, [\d,.]+ us, \d+% of [a-z ]+$", "", x) for x in timed]
+    assert [line for line in bare if line != total] == plain
+
+
+@pytest.mark.usefixtures("known_limits")
+def test_times_overwrite_nothing_and_need_no_arguments() -> None:
+    w, table = Tensor(np.ones((40, 3), np.float32), requires_grad=False), ndl.ones(5, 3)
+
+    @ndl.jit
+    def f(x: Tensor, index: Tensor) -> Tensor:
+        w.data = w.data * 2.0
+        return (x @ w + ops.take(table, index)).sum()
+
+    f(data(4, 40), labels(4))
+    array = w.cached_data
+    text = f.explain(time=True)
+    assert w.cached_data is array
+    np.testing.assert_array_equal(w.numpy(), np.full((40, 3), 2))
+    assert text.count("total:") == 1
+    g = ndl.jit(lambda x: (x * x).sum())
+    g(Tensor([1.0, 2.0])).backward()
+    assert g.explain(time=True).count("total:") == 2, "forward and backward"
+    with pytest.raises(ValueError, match="explain: expected times of a summary; received 'loops'"):
+        g.explain("loops", time=True)

@@ -280,21 +280,22 @@ class Writer:
         return self.convert(op, x, register(source), register(target), lanes)
 
     def saturate(self, x: str, source: DType, target: DType, lanes: int) -> str:
-        """A float as an integer. LLVM's own fptosi.sat is not vectorised for x86; outside the
-        range the instruction would raise an exception, and is given 0."""
-        bounds, zero, inside = np.iinfo(target), constant(0, source, lanes), x
-        ends = (("oge", float(bounds.max) + 1, bounds.max), ("olt", bounds.min, bounds.min))
-        outside = []
-        for relation, end, value in (*ends, ("uno", 0, 0)):
+        """A float as an integer. LLVM's own fptosi.sat is not vectorised for x86; what is outside
+        the range is kept from the instruction, as it would raise a flag."""
+        bounds, zero = np.iinfo(target), constant(0, source, lanes)
+        ends = (("olt", bounds.min, bounds.min), ("oge", float(bounds.max) + 1, bounds.max))
+        tests, near = (
+            [],
+            self.select(self.compare("eq", source, lanes, x, x), x, zero, source, lanes),
+        )
+        for relation, end, _ in ends:
             bound = constant(float(end), source, lanes)
-            outside.append(
-                (self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}"), value)
-            )
-            inside = self.select(outside[-1][0], zero, inside, source, lanes)
+            tests.append(self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}"))
+            near = self.select(tests[-1], zero, near, source, lanes)
         op = "fptosi" if target.kind == "i" else "fptoui"
-        found = self.convert(op, inside, register(source), register(target), lanes)
-        for condition, value in outside:
-            found = self.select(condition, constant(value, target, lanes), found, target, lanes)
+        found = self.convert(op, near, register(source), register(target), lanes)
+        for outside, (_, _, value) in zip(tests, ends, strict=True):
+            found = self.select(outside, constant(value, target, lanes), found, target, lanes)
         return found
 
     def widen(self, x: str, source: DType, lanes: int) -> str:

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from types import CellType
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from ml_dtypes import finfo
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import MODE, Hooks, Tensor, Value, op_name
+from needle.autograd import MODE, Hooks, Tensor, op_name
 from needle.backend.device import Device
 from needle.capture.capture import Capture
 from needle.capture.holders import named_values
@@ -38,18 +41,14 @@ ROUNDINGS = 64  # by which an op may differ between devices, of its largest valu
 
 @dataclass(eq=False)
 class Step:
-    """An op that ran, and its value."""
+    """An op that ran, and its results."""
 
-    op: Any
-    site: Site
-    value: Value
+    key: tuple[str, tuple[Any, ...], Site]  # name, specs, place
+    value: Any
+    op: Any = None
     inputs: list[NDArray] = field(default_factory=list)
-    result: Any = None  # what it gave in this run
+    arrays: Any = None  # what it gave in this run
     alone: Any = None  # what it gives for the inputs of the eager run
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return op_name(self.op), self.op.item, autograd.spec_of(self.value), self.site
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,25 @@ class Difference:
     site: Site | None
     dtype: Any
     shape: tuple[int, ...]
-    index: tuple[int, ...]  # of the largest difference
+    place: tuple[int, ...]  # of the largest difference
     a: float
     b: float
     absolute: float
-    relative: float
     ulp: float  # units in the last place; NaN of what is no float
     count: int  # elements that differ
 
+    @property
+    def relative(self) -> float:
+        largest = max(abs(self.a), abs(self.b))
+        return self.absolute / largest if largest else 0.0
+
     def __str__(self) -> str:
-        name = f"{self.op} {self.dtype}{list(self.shape)}" + (
-            f" at {self.site}" if self.site else ""
-        )
-        size = int(np.prod(self.shape))
+        at = f" at {self.site}" if self.site else ""
         return (
-            f"{name}\n  at {list(self.index)}: {self.a:.9g} and {self.b:.9g}; "
-            f"difference {self.absolute:.3g}, relative {self.relative:.3g}, {self.ulp:g} ULP; "
-            f"{self.count:,} of {size:,} elements differ"
+            f"{self.op} {self.dtype}{list(self.shape)}{at}\n"
+            f"  at {list(self.place)}: {self.a:.9g} and {self.b:.9g}; difference "
+            f"{self.absolute:.3g}, relative {self.relative:.3g}, {self.ulp:g} ULP; "
+            f"{self.count:,} of {prod(self.shape):,} elements differ"
         )
 
 
@@ -96,14 +97,12 @@ class Comparison:
     def __bool__(self) -> bool:
         return self.same
 
-    def __str__(self) -> str:
-        found = "all the same" if self.first is None else f"first to differ: {self.first}"
-        lines = [f"{self.name}: {self.ops} ops, {found}"]
+    def __repr__(self) -> str:
+        found = f"{self.name}: {self.ops} ops, "
+        found += "all the same" if self.first is None else f"first to differ: {self.first}"
         if self.drift is not None:
-            lines.append(f"with the rounding of all ops before it, first to differ: {self.drift}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+            found += f"\nwith the rounding of all ops before it, first to differ: {self.drift}"
+        return found
 
 
 class Runs:
@@ -113,59 +112,60 @@ class Runs:
         self.function = function.function if isinstance(function, JittedFunction) else function
         self.args, self.kwargs = args, kwargs
         cells = getattr(self.function, "__closure__", None) or ()
-        around = [*named_values(self.function).values(), *(x.cell_contents for x in cells)]
-        tensors = [x for _, x in walk((args, kwargs, around), "") if isinstance(x, Tensor)]
-        self.state = State(tensors)
-        self.base: list[Step] = []  # the eager run's
-        self.base = self.eager("eager")[0]
+        around = [each.cell_contents for each in cells if each != CellType()]
+        found = walk((args, kwargs, around, named_values(self.function)), "")
+        self.state = State(x for _, x in found if isinstance(x, Tensor))
+
+    def run(self, setting: Any) -> tuple[list[Step], list[NDArray]]:
+        """The steps, and the arrays that the function returned."""
+        if isinstance(setting, Device):
+            return self.on_device(setting), []
+        return self.eager if setting == "eager" else self.jit() if setting == "jit" else self.ops()
 
     def draw_from(self) -> Callable[[Device], Generator]:
         """The same random numbers in each run."""
         found: dict[Device, Generator] = {}
         return lambda device: Source.generator or found.setdefault(device, Generator(0, device))
 
-    def run(self, setting: Any) -> tuple[list[Step], list[Any]]:
-        """The steps, and the arrays that the function returned."""
-        if isinstance(setting, Device):
-            return self.on_device(setting), []
-        return self.jit() if setting == "jit" else self.eager(setting)
-
     def recorded(self, call: Callable[[], Any], **settings: Any) -> tuple[list[Step], Any]:
         """The steps of a call, and what it returns."""
-        steps: list[Step] = []
-        at: dict[Value, Step] = {}
+        steps: dict[Any, Step] = {}
 
-        def created(node: Value) -> None:
-            op: Any = node.op
-            if op.item is not None or not (op.moves or op_name(op) == "stop_gradient"):
-                steps.append(Step(op, current_site(running_path()), node))
-                at[node] = steps[-1]
+        def created(node: Any) -> None:
+            name, specs = op_name(node.op), autograd.flattened([autograd.spec_of(node)])
+            if not node.op.moves and name != "stop_gradient":  # those are views, and not always ops
+                steps[node] = Step((name, tuple(specs), current_site(running_path())), node)
 
-        def computed(node: Value) -> None:
-            if node in at:
+        def computed(node: Any) -> None:
+            if node in steps:
                 arrays = [x.realize_cached_data() for x in node.inputs]
-                at[node].inputs = autograd.flattened(arrays)
+                steps[node].inputs = autograd.flattened(arrays)
+                steps[node].op = node.op
 
         before = Hooks.create, Hooks.node, Hooks.judge
         Hooks.create, Hooks.node, Hooks.judge = created, computed, None
         try:
             with autograd.mode(**settings):
-                return steps, call()
+                found = call()
+            return list(steps.values()), found
         finally:
             Hooks.create, Hooks.node, Hooks.judge = before
 
-    def eager(self, mode: str) -> tuple[list[Step], list[Any]]:
-        settings = {"lazy": mode == "lazy", "draw_from": self.draw_from()}
-        with self.state.kept():
-            steps, found = self.recorded(
-                lambda: self.function(*self.args, **self.kwargs), **settings
-            )
-            results = arrays_of(found)
-            for step in steps:
-                step.result = step.alone = step.value.realize_cached_data()
-        return steps, results
+    @cached_property
+    def eager(self) -> tuple[list[Step], list[NDArray]]:
+        return self.ops(lazy=False)
 
-    def jit(self) -> tuple[list[Step], list[Any]]:
+    def ops(self, lazy: bool = True) -> tuple[list[Step], list[NDArray]]:
+        with self.state.kept():
+            steps, found = self.recorded(self.call, lazy=lazy, draw_from=self.draw_from())
+            for step in steps:
+                step.arrays = step.alone = step.value.realize_cached_data()
+            return steps, arrays_of(found)
+
+    def call(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+    def jit(self) -> tuple[list[Step], list[NDArray]]:
         """A program that gives the value of every op of the trace; and what jit returns."""
         call = Call(MODE.grad)
         call.add((self.args, self.kwargs))
@@ -174,17 +174,18 @@ class Runs:
             given = capture.placeholders(self.args, self.kwargs, Variant({}))
             steps, _ = self.recorded(lambda: capture.call_function(*given))
             capture.trace.restore_gradients()
+            steps = [x for x in steps if x.value.cached_data is None]
+            with autograd.mode(trace=capture.trace, lazy=True):  # for the items of tuples
+                items = [x.value if len(x.key[1]) > 1 else (x.value,) for x in steps]
+                items = [tuple(each) for each in items]
             captured = list(capture.trace.captured)
-            part = Part([*capture.given, *captured])
-            pending = [x for x in steps if x.value.cached_data is None]
-            steps = [x for x in pending if isinstance(x.value, Tensor)]
-            places = [part.place(x.value) for x in steps]
-            device = capture.device()
+            part, device = Part([*capture.given, *captured]), capture.device()
+            places = [tuple(map(part.place, each)) for each in items]
             part.build(device, {}, {})
         arrays = [call.arrays[number] for number in capture.given.values()]
         found = part.run([*arrays, *(x.cached_data.compact() for x in captured)])
-        for step, place in zip(steps, places, strict=True):
-            step.result = step.alone = found[place]
+        for step, numbers in zip(steps, places, strict=True):
+            step.arrays = step.alone = tuple([found[number] for number in numbers])
         jitted = JittedFunction(self.function)
         jitted.generators[device] = self.draw_from()(device)
         with self.state.kept():
@@ -193,13 +194,13 @@ class Runs:
     def on_device(self, device: Device) -> list[Step]:
         """Every op of the eager run, on its inputs and on what went before on this device."""
         found, known = [], dict[int, NDArray]()
-        for step in self.base:
+        for step in self.eager[0]:
             alone = [x.to(device) for x in step.inputs]
             drifted = [known.get(id(x), y) for x, y in zip(step.inputs, alone, strict=True)]
             results = [autograd.evaluate(step.op, arrays, None) for arrays in (drifted, alone)]
-            found.append(Step(step.op, step.site, step.value, [], *results))
-            pairs = zip(*(autograd.flattened([x]) for x in (step.result, results[0])), strict=True)
-            known |= {id(x): y for x, y in pairs}
+            found.append(Step(step.key, step.value, None, [], *results))
+            pairs = (autograd.flattened([x]) for x in (step.arrays, results[0]))
+            known |= {id(x): y for x, y in zip(*pairs, strict=True)}
         return found
 
 
@@ -236,9 +237,9 @@ def compare(
     devices = isinstance(a, Device) or isinstance(b, Device)
     limits = ROUNDINGS if devices and rtol is None else 0, rtol or 0.0, atol
     pairs = paired(steps, others)
-    last = [(None, x, y) for x, y in zip(results, other_results, strict=False)]
-    alone = first_of([*((x, x.alone, y.alone) for x, y in pairs), *last], limits)
-    drift = first_of([(x, x.result, y.result) for x, y in pairs], limits) if devices else None
+    last = [(("the result", (), None), x, y) for x, y in zip(results, other_results, strict=False)]
+    alone = first_of([*((x.key, x.alone, y.alone) for x, y in pairs), *last], limits)
+    drift = first_of([(x.key, x.arrays, y.arrays) for x, y in pairs], limits) if devices else None
     name = f"compare({getattr(function, '__name__', function)}, {a}, {b})"
     return Comparison(name, len(pairs), alone, drift)
 
@@ -253,48 +254,33 @@ def paired(steps: Sequence[Step], others: Sequence[Step]) -> list[tuple[Step, St
     return [(x, next(rest[x.key])) for x in steps if x.key in rest]
 
 
-def first_of(pairs: Sequence[tuple[Any, Any, Any]], limits: Any) -> Difference | None:
-    """The first difference among (step, value, value)."""
-    found = (difference(step, x, y, limits) for step, x, y in pairs)
-    return next((each for each in found if each is not None), None)
-
-
-def difference(
-    step: Step | None, x: Any, y: Any, limits: tuple[float, float, float]
-) -> Difference | None:
-    """The largest difference of two values beyond the limits, None where there is none."""
-    for a, b in zip(autograd.flattened([x]), autograd.flattened([y]), strict=True):
-        found = difference_of(a.view, b.view, *limits)
-        if found is not None:
-            name, site = (op_name(step.op), step.site) if step else ("the result", None)
-            return Difference(name, site, a.dtype, a.shape, *found)
+def first_of(triples: Sequence[tuple[Any, Any, Any]], limits: Any) -> Difference | None:
+    """The first difference beyond the limits among (key, value, value)."""
+    for (name, _, site), *values in triples:
+        for a, b in zip(*(autograd.flattened([x]) for x in values), strict=True):
+            found = difference_of(a.view, b.view, *limits)
+            if found is not None:
+                return Difference(name, site, a.dtype, a.shape, *found)
     return None
 
 
 def difference_of(
     a: np.ndarray, b: np.ndarray, roundings: float, rtol: float, atol: float
 ) -> tuple[Any, ...] | None:
-    is_float = a.dtype in FLOATS
-    wide = [x.astype(np.float64) for x in (a, b)]
+    """(place, its values, their distance, the same in ULP, how many elements differ)"""
+    eps = float(finfo(a.dtype).eps) if a.dtype in FLOATS else 0.0
+    x, y = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(all="ignore"):
-        gap = np.abs(wide[0] - wide[1])
-        sizes = np.abs(wide[0])
-        largest = sizes[np.isfinite(sizes)].max(initial=0.0)
-        eps = float(finfo(a.dtype).eps) if is_float else 0.0
-        close = gap <= atol + max(rtol, roundings * eps) * largest
-        signs = (
-            np.signbit(wide[0]) == np.signbit(wide[1]) if not (roundings or rtol or atol) else True
-        )
-        same = (close & signs) | (np.isnan(wide[0]) & np.isnan(wide[1]))
-        same |= (wide[0] == wide[1]) & signs
+        gap, largest = np.abs(x - y), np.abs(x[np.isfinite(x)]).max(initial=0.0)
+        same = (a == b) & (np.signbit(x) == np.signbit(y)) | np.isnan(x) & np.isnan(y)
+        if roundings or rtol or atol:
+            same |= (a == b) | (gap <= atol + max(rtol, roundings * eps) * largest)
     if same.all():
         return None
     gap = np.where(same, -1.0, np.where(np.isnan(gap), np.inf, gap))
-    index = np.unravel_index(int(gap.argmax()), gap.shape)
-    x, y, size = float(wide[0][index]), float(wide[1][index]), float(gap[index])
-    relative = size / max(abs(x), abs(y)) if max(abs(x), abs(y)) > 0 else 0.0
-    ulp = float(abs(int(ordered(a[index])) - int(ordered(b[index])))) if is_float else np.nan
-    return tuple(map(int, index)), x, y, size, relative, ulp, int((~same).sum())
+    place = tuple(map(int, np.unravel_index(int(gap.argmax()), gap.shape)))
+    ulp = float(abs(ordered(a[place]) - ordered(b[place]))) if eps else np.nan
+    return place, float(x[place]), float(y[place]), float(gap[place]), ulp, int((~same).sum())
 
 
 def ordered(x: Any) -> int:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from inspect import Parameter, signature
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -242,17 +241,15 @@ class JittedFunction:
         of what the function reads from outside, and on arguments of ones. ValueError for what there
         is not.
         """
-        timed = time and level == "summary"
-        expect(timed or not time, f"explain: expected times of a summary; received {level!r}")
+        fits = level == "summary" or not time
+        expect(fits, f"explain: expected times of a summary; received {level!r}")
         parts = [f"{self.name}: {len(self.made)} variants"]
         for number, variant in enumerate(self.kept()):
             parts.append(f"variant {number}, {variant.reason}")
-            for program, given in zip_longest(variant.programs(), [variant.known()]):
-                if isinstance(program, ReferenceProgram):
-                    parts.append(f"{program}")
-                    continue
-                given = given or [None] * program.recipe.inputs
-                parts.append(explain(program, level, kernel, given if time else None))
+            for program in variant.programs():
+                given = variant.known(program) if time else None
+                runs_ops = isinstance(program, ReferenceProgram)
+                parts.append(f"{program}" if runs_ops else explain(program, level, kernel, given))
         return "\n".join(parts)
 
     def __str__(self) -> str:

@@ -97,7 +97,7 @@ def test_a_planted_fault_of_the_compiler_is_found(monkeypatch) -> None:
     assert found.first.absolute == abs(found.first.a - found.first.b)
     assert "first to differ: tanh float32[6, 5] at" in str(found)
     assert "(in 2)" in str(found)
-    assert compare(step, x, y, rtol=1e-3, atol=1e-3)
+    assert compare(step, x, y, rtol=1e-2, atol=1e-2)
 
 
 class Counting(ndl.TensorOp):
@@ -120,7 +120,7 @@ def test_an_op_that_remembers_is_found(b: Any) -> None:
     x = tensor(4)
     found = compare(lambda x: ndl.exp(Counting()(x * 2.0)) + 1.0, x, b=b)
     assert found.first is not None
-    assert (found.first.op, found.first.index) == ("counting", (1,))
+    assert (found.first.op, found.first.place) == ("counting", (1,))
     assert found.first.count == 1
     assert found.drift is None or found.drift.op == "counting"
 
@@ -185,14 +185,12 @@ def test_distances(dtype: str) -> None:
     assert difference_of(x, x.copy(), 0, 0, 0) is None
     bits = x.copy().view(f"i{x.dtype.itemsize}")
     bits[0] += 3
-    index, _, _, size, relative, ulp, count = (
-        difference_of(x, bits.view(x.dtype), 0, 0, 0) or [0] * 7
-    )
-    assert (index, ulp, count) == ((0,), 3, 1)
-    np.testing.assert_allclose(relative, size, rtol=0.1)
+    found = difference_of(x, bits.view(x.dtype), 0, 0, 0)
+    assert found is not None
+    assert (found[0], found[4], found[5]) == ((0,), 3, 1)
     found = difference_of(x, as_array(1.0, -1.0, np.nan, np.inf, -0.0), 0, 0, 0)
     assert found is not None
-    assert (found[0], found[5]) == ((4,), 0)
+    assert (found[0], found[4]) == ((4,), 0)
     for other in (np.nan, -np.inf, 5.0):
         found = difference_of(x, as_array(1.0, -1.0, np.nan, other, 0.0), 64, 0.1, 0.1)
         assert found is not None

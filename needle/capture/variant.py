@@ -71,9 +71,10 @@ class Variant:
         parts = [self.part] if self.adjoint is None else [self.part, self.adjoint.part]
         return [each.program for each in parts if each.program is not None]
 
-    def known(self) -> list[Any]:
-        """Of the forward program's inputs, the arrays that are there between calls, else None."""
-        return [*[None] * len(self.arguments), *map(DATA, self.captured() or ())]
+    def known(self, program: Any) -> dict[int, NDArray]:
+        """The arrays that are inputs of a program between calls, by number."""
+        found = self.captured() if program is self.part.program else None
+        return dict(enumerate(map(DATA, found or ()), len(self.arguments)))
 
     @property
     def writes(self) -> bool:

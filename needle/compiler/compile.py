@@ -292,11 +292,8 @@ class Program:
         reuse: for each output that may take an input's place, whether it shall, now.
         IndexError, with nothing overwritten, where an index is out of range.
         """
-        outputs = (
-            [*map(empty, self.forms)]
-            if not any(reuse)
-            else self.outputs([arrays[number] for number in self.recipe.in_place.values()], reuse)
-        )
+        given = [arrays[number] for number in self.recipe.in_place.values()] if any(reuse) else ()
+        outputs = self.outputs(given, reuse)
         pointers = [x.ptr for x in arrays]
         pointers += [x.ptr for x in outputs]
         if self.memory is not None:

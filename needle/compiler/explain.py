@@ -12,7 +12,7 @@ machine can do: see Times.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from math import prod
 from statistics import median
@@ -45,9 +45,9 @@ def explain(
     program: passes.Program,
     level: str = "summary",
     kernel: int | None = None,
-    given: Sequence[NDArray | None] | None = None,
+    given: Mapping[int, NDArray] | None = None,
 ) -> str:
-    """One stage of a program, whole or for one kernel; its summary with times on `given` inputs.
+    """One stage of a program, whole or for one kernel. given: times are wanted, with these inputs.
 
     ValueError: an unknown level, a kernel that there is not.
     """
@@ -109,9 +109,10 @@ class Times:
     one by one, in the program's order, on copies of the inputs and on outputs of their own. An
     input that is not given is 1, an integer 0."""
 
-    def __init__(self, program: passes.Program, given: Sequence[NDArray | None]) -> None:
-        pairs = zip(given, program.source.inputs, strict=True)
-        arrays = [NDArray(sample(node) if x is None else x) for x, node in pairs]
+    def __init__(self, program: passes.Program, given: Mapping[int, NDArray]) -> None:
+        inputs = enumerate(node.spec for node in program.source.inputs)
+        ones = {n: np.full(x.shape, x.is_float, x.dtype) for n, x in inputs if n not in given}
+        arrays = [NDArray(x) for _, x in sorted({**given, **ones}.items())]
         arrays += [empty(each) for each in (*program.forms, program.memory) if each is not None]
         rows = [program.launch(each) for each in program.recipe.launches]
         kernels = [list(group) for _, group in groupby(rows, lambda row: row.step)]
@@ -143,11 +144,6 @@ class Times:
             f"at once, on {number_of(self.threads, 'thread')} with {peak:,.0f} GFLOP/s in float32 "
             f"and {limits.bandwidth(self.threads) / 1e9:,.1f} GB/s"
         )
-
-
-def sample(node: Node) -> np.ndarray:
-    """A value of an input that is not known."""
-    return np.full(node.shape, node.spec.is_float, node.spec.dtype)
 
 
 def timed(parts: Sequence[Sequence[runtime.Launch]], pointers: Sequence[int]) -> list[float]:

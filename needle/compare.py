@@ -20,7 +20,7 @@ from ml_dtypes import finfo
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import MODE, Hooks, Tensor, op_name
+from needle.autograd import MODE, Hooks, Tensor, TensorTuple, op_name
 from needle.backend.device import Device
 from needle.capture.capture import Capture
 from needle.capture.holders import named_values
@@ -176,8 +176,8 @@ class Runs:
             capture.trace.restore_gradients()
             steps = [x for x in steps if x.value.cached_data is None]
             with autograd.mode(trace=capture.trace, lazy=True):  # for the items of tuples
-                items = [x.value if len(x.key[1]) > 1 else (x.value,) for x in steps]
-                items = [tuple(each) for each in items]
+                values = [x.value for x in steps]
+                items = [tuple(x) if isinstance(x, TensorTuple) else (x,) for x in values]
             captured = list(capture.trace.captured)
             part, device = Part([*capture.given, *captured]), capture.device()
             places = [tuple(map(part.place, each)) for each in items]

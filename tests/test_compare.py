@@ -141,6 +141,19 @@ def test_devices_are_compared_on_equal_inputs() -> None:
     assert strict.first.op == "exp"
 
 
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.AdamW], ids=lambda x: x.__name__)
+def test_every_op_of_a_step_is_paired(optimizer: Any) -> None:
+    model = nn.Linear(7, 3)
+    opt = optimizer(model.parameters(), lr=0.1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        ndl.cross_entropy(model(x), y).backward()
+        opt.step()
+
+    counts = {compare(step, *batch(), a=a, b=b).ops for a in SETTINGS[:3] for b in SETTINGS}
+    assert len(counts) == 1
+
+
 def test_random_numbers_writes_and_closures() -> None:
     total, weights = Tensor(0.0, requires_grad=False), [tensor(3)]
 

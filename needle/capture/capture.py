@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from inspect import unwrap
 from itertools import chain
 from typing import Any
 
 from needle import autograd
-from needle.autograd import Tensor, TensorTuple, Value, refuse_devices
+from needle.autograd import Holder, Tensor, TensorTuple, Value, refuse_devices
 from needle.backend.device import Device, default_device
 from needle.capture.gradient import Adjoint
 from needle.capture.holders import Slot, Snapshot, is_structure, named_values
@@ -19,8 +20,6 @@ from needle.capture.trace import Trace
 from needle.capture.variant import Position, Result, Variant
 from needle.errors import TraceError
 from needle.init.random import Source
-from needle.nn.module import Module
-from needle.optim.optimizer import Optimizer
 
 
 class Capture:
@@ -222,9 +221,9 @@ class Capture:
         changing = {(id(slot.container), slot.key) for slot in slots}
         for holder in self.snapshot.relevant(called, touched, slots).values():
             watch.holder(holder, self.snapshot, changing)
-        function = getattr(self.function, "__func__", self.function)
+        function: Any = unwrap(getattr(self.function, "__func__", self.function))
         for name, x in named_values(function).items():
-            if isinstance(x, (Value, Module, Optimizer)):
+            if isinstance(x, (Value, Holder)):
                 watch.item(function.__globals__, name, x, name)
         for cell in getattr(function, "__closure__", None) or ():
             try:

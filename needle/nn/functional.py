@@ -21,7 +21,7 @@ from needle.ops import (
     log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
     softplus, tanh,
 )
-from needle.ops.elementwise import Operand, as_float
+from needle.ops.elementwise import Operand, as_float, narrowed, widened
 # fmt: on
 # isort: on
 
@@ -33,6 +33,7 @@ def linear(x: Operand, weight: Tensor, bias: Maybe = None) -> Tensor:
     y = matmul(x, weight)
     if bias is None:
         return y
+    bias = narrowed(bias)
     return y + (bias.reshape(y.shape) if y.ndim == 1 else bias)
 
 
@@ -88,7 +89,7 @@ def batch_norm(
     else with the running ones. A batch of one element has variance 0, so that y is the bias.
     (Ioffe and Szegedy, 2015)
     """
-    x = as_float(x)
+    x = widened(as_float(x))
     expect(x.ndim > 1, f"batch_norm: expected x of shape (n, channels, ...); received {x.shape}")
     check_shapes("batch_norm", x.shape[1:2], running_mean=running_mean, running_var=running_var)
     affine = affine_of("batch_norm", x.shape[1:2], weight, bias)

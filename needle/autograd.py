@@ -52,7 +52,7 @@ class Mode(threading.local):
     backward_of: Value | None = None  # the node whose gradient rule is running
     trace: Any = None  # what notes all that a jitted function does, while it is traced
     autocast: DType | None = None  # of `ndl.autocast`: what contractions run in
-    is_general = False  # lazy or autocast, so that `replay` leaves every node to make_general
+    is_general = False  # lazy or autocast, so that `replay` leaves nodes to make_general
 
 
 MODE = Mode()
@@ -447,7 +447,8 @@ def replay(op: Op, inputs: Sequence[Any]) -> Any:
     """The node of an op whose plan for such inputs is there; None where it is not, or where the
     node must wait, or autocast. The path of nearly every op in eager mode: written for speed."""
     if LAZY_MODE or MODE.is_general:
-        return None
+        if LAZY_MODE or MODE.lazy or type(op) in OPS.casts:
+            return None
     try:
         if len(inputs) == 1:
             x = inputs[0]

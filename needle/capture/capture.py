@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from inspect import unwrap
 from itertools import chain
 from typing import Any
 
@@ -221,10 +220,17 @@ class Capture:
         changing = {(id(slot.container), slot.key) for slot in slots}
         for holder in self.snapshot.relevant(called, touched, slots).values():
             watch.holder(holder, self.snapshot, changing)
-        function: Any = unwrap(getattr(self.function, "__func__", self.function))
+        function: Any = self.function
+        while function is not None:
+            function = getattr(function, "__func__", function)
+            self.watch_names(variant, function)
+            function = getattr(function, "__wrapped__", None)  # below a decorator
+
+    def watch_names(self, variant: Variant, function: Any) -> None:
+        """What a function's global and enclosing variables must be at the next call."""
         for name, x in named_values(function).items():
             if isinstance(x, (Value, Holder)):
-                watch.item(function.__globals__, name, x, name)
+                variant.watch.item(function.__globals__, name, x, name)
         for cell in getattr(function, "__closure__", None) or ():
             try:
                 content = cell.cell_contents

@@ -127,7 +127,7 @@ def on_arrays(function: Callable[..., Tensor]) -> Callable[..., NDArray]:
 
 for name, function in FUNCTIONS.items():
     setattr(OPS, name, function)
-OPS.cast_operands = precision.cast_operands
+OPS.cast_operands, OPS.casts = precision.cast_operands, precision.CASTS
 for name, function in METHODS.items():
     setattr(Tensor, name, as_method(function))
 for name, function in ARRAY_METHODS.items():

@@ -26,8 +26,6 @@ from needle.ops.device import ToDevice
 from needle.ops.elementwise import NARROWABLE, narrowed, widened
 from needle.ops.random import RandomUniform
 
-Rule = Callable[[Any], Any] | None  # how an operand is cast; None: not at all
-
 LOW: tuple[type[Op], ...] = (con.MatMul, con.BroadcastMatMul)
 FLOAT32: tuple[type[Op], ...] = (
     ew.Exp, ew.Expm1, ew.Log, ew.Log1p, ew.Rsqrt, ew.EWisePow, ew.PowerScalar, act.Softplus,
@@ -45,25 +43,24 @@ AS_GIVEN: tuple[type[Op], ...] = (
     act.Sigmoid, act.SiLU, act.GELU, act.ELU, act.LeakyReLU,
     # choice and movement
     re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd,
-    mo.Reshape, mo.Permute, mo.Transpose, mo.Slice, mo.Pad, mo.Flip, mo.Dilate, mo.UnDilate,
-    mo.Concatenate, mo.Stack, mo.Split, ToDevice,
+    mo.Reshape, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip, mo.Dilate,
+    mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,
     # what never runs in low precision for autocast's sake
     CompositeGradient, RandomUniform, up.ClippedByNorm, up.BiasCorrection, up.SGDUpdate,
     up.AdagradUpdate, up.RMSpropUpdate, up.AdamUpdate, up.LionUpdate, up.AdafactorUpdate,
     up.Unscaled, up.ScaleUpdate, no.RunningStatistics,
 )  # fmt: skip
-RULES: dict[type[Op], Rule] = {
+CASTS: dict[type[Op], Callable[[Any], Any]] = {
     **dict.fromkeys(LOW, narrowed),
     **dict.fromkeys(FLOAT32, widened),
-    **dict.fromkeys(AS_GIVEN, None),
 }
 
 
 def cast_operands(op: Op, inputs: Sequence[Any]) -> Any:
     """The operands of an op as autocast gives them to it; to a user's own op, and to a contraction
     of float64 or integers, as they are."""
-    rule = RULES.get(type(op))
-    if rule is None or (rule is narrowed and not all([x.dtype in NARROWABLE for x in inputs])):
+    cast = CASTS.get(type(op))
+    if cast is None or (cast is narrowed and not all([x.dtype in NARROWABLE for x in inputs])):
         return inputs
-    return tuple([rule(x) for x in inputs])
+    return tuple([cast(x) for x in inputs])

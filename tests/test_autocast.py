@@ -238,6 +238,15 @@ def test_float32_is_where_sums_and_exponentials_are_taken() -> None:
         assert_same_bits(y, z)
 
 
+def test_what_ran_before_the_block_runs_otherwise_in_it() -> None:
+    x = tensor(3, 3, dtype="bfloat16")
+    functions = Tensor.exp, Tensor.sum, ops.softmax, lambda x: x**2, lambda x: x**x
+    assert [function(x).dtype for function in functions] == [ndl.bfloat16] * 5
+    with ndl.autocast():
+        assert [function(x).dtype for function in functions] == [ndl.float32] * 5
+    assert [function(x).dtype for function in functions] == [ndl.bfloat16] * 5
+
+
 def test_targets_keep_their_precision() -> None:
     x, target = tensor(4, 5, dtype="bfloat16"), data(4, 5, seed=1)
     weight = Tensor(draw(5, seed=2, dtype="float32") ** 2)
@@ -440,8 +449,9 @@ def test_a_decorated_function_is_watched_through_its_wrapper() -> None:
     call = ndl.jit(ndl.autocast()(lambda x: model(x)))
     call(data(3, 2))
     model = nn.Linear(2, 2)
+    found = call(data(3, 2))
     with ndl.autocast():
-        assert_same_bits(call(data(3, 2)), model(data(3, 2)))
+        assert_same_bits(found, model(data(3, 2)))
 
 
 # Whole models
@@ -693,8 +703,7 @@ def test_update_may_stand_outside_of_the_jitted_function() -> None:
     assert step.variants() == ["first call"]
 
 
-SCALERS = {"now": optim.GradScaler(2.0)}
-scaler_of_module = SCALERS["now"]
+scaler_of_module = optim.GradScaler(2.0)
 
 
 def test_another_scaler_in_a_global_variable_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,6 +712,14 @@ def test_another_scaler_in_a_global_variable_is_noticed(monkeypatch: pytest.Monk
     monkeypatch.setitem(globals(), "scaler_of_module", optim.GradScaler(8.0))
     assert scale(Tensor(3.0)).item() == 24.0
     assert scale.variants()[1] == "scaler_of_module: replaced"
+
+
+def test_another_scaler_in_an_enclosing_variable_is_noticed() -> None:
+    scaler = optim.GradScaler(2.0)
+    scale = ndl.jit(lambda x: scaler.scale(x))
+    assert scale(Tensor(3.0)).item() == 6.0
+    scaler = optim.GradScaler(8.0)
+    assert scale(Tensor(3.0)).item() == 24.0
 
 
 def test_a_scaler_may_be_an_argument() -> None:

@@ -21,7 +21,7 @@ from needle.ops import (
     log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
     softplus, tanh,
 )
-from needle.ops.elementwise import Operand, as_float, narrowed, widened
+from needle.ops.elementwise import Operand, as_float, narrowed
 # fmt: on
 # isort: on
 
@@ -89,7 +89,7 @@ def batch_norm(
     else with the running ones. A batch of one element has variance 0, so that y is the bias.
     (Ioffe and Szegedy, 2015)
     """
-    x = widened(as_float(x))
+    x = as_float(x)
     expect(x.ndim > 1, f"batch_norm: expected x of shape (n, channels, ...); received {x.shape}")
     check_shapes("batch_norm", x.shape[1:2], running_mean=running_mean, running_var=running_var)
     affine = affine_of("batch_norm", x.shape[1:2], weight, bias)

@@ -5,8 +5,8 @@
 The function, a whole training step if you like, runs once on placeholders in lazy mode; what it
 returns and writes becomes a program, replayed at each call. Arguments, captured tensors and
 mutations are found by tracing. Each signature (structure, shapes, dtypes, devices, static values,
-`training` of Modules, gradient mode) is a *variant* with a program of its own. How it is done
-stands in capture/.
+`training` of Modules, gradient mode, autocast) is a *variant* with a program of its own. How it is
+done stands in capture/.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class JittedFunction:
             )  # a part of the outer program; or watched, op by op
         if kwargs:
             args, kwargs = self.in_order(args, kwargs)
-        call = Call(MODE.grad)
+        call = Call(MODE.grad, MODE.autocast)
         try:
             for name, x in zip(self.parameters, args, strict=False):
                 if name in self.static:
@@ -162,6 +162,7 @@ class JittedFunction:
         """Trace the function for a call."""
         words = {path: in_words(x) for path, x in self.leaves(args, kwargs)}
         words["gradient mode"] = "on" if MODE.grad else "off"
+        words["autocast"] = str(MODE.autocast or "off")
         cause, reason = self.reason(key, call, words)
         pins: dict[int, Tensor] = {}
         while True:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from needle.array.spec import Spec, as_axis, broadcast_shapes
-from needle.autograd import Tensor, TensorOp, primitive
+from needle.autograd import MODE, OPS, Tensor, TensorOp, primitive
 from needle.dtype import promote
 from needle.errors import expect
 from needle.ops.composite import Composite
@@ -46,6 +46,8 @@ class MatMul(TensorOp):
         a, b = inputs
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             a, b = as_tensors(inputs)
+        if MODE.autocast is not None:
+            a, b = OPS.cast_operands(self, (a, b))
         left, right = a.shape, b.shape
         if len(left) == len(right) >= 2 and left[:-2] == right[:-2] and a.dtype == b.dtype:
             return Tensor.make_from_op(self, (a, b))
@@ -121,6 +123,8 @@ def einsum(equation: str, *operands: Operand) -> Tensor:
     "->" the letters that occur once are kept in alphabetical order.
     """
     tensors = as_tensors(operands)
+    if MODE.autocast is not None and len(tensors) > 1:
+        tensors = OPS.cast_operands(matmul, tensors)
     terms, output = parse_equation(equation, tensors)
     sizes: dict[str, int] = {}
     for term, x in zip(terms, tensors, strict=True):

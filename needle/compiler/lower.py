@@ -118,8 +118,9 @@ def integer_divide(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 def float_remainder(a: Expr, b: Expr) -> Expr:
     """a - floor(a / b) * b, exact, with b's sign."""
-    rest = binary("frem", a, b)
-    return select(rest.differs(0), select((b < 0) ^ (rest < 0), rest + b, rest), copysign(rest, b))
+    rest = math.fmod(a, b)
+    moved = rest + select((b < 0) ^ (rest < 0), b, literal(0, a.dtype))
+    return select(rest.differs(0), moved, copysign(rest, b))
 
 
 def copysign(x: Expr, y: Expr) -> Expr:
@@ -135,7 +136,7 @@ def remainder(op: Any, a: Expr, b: Expr) -> Expr:
 def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
     if a.dtype not in FLOATS:
         return integer_divide(a, b)[0]
-    rest = binary("frem", a, b)
+    rest = math.fmod(a, b)
     quotient = (a - rest) / b
     lower = rest.differs(0) & ((b < 0) ^ (rest < 0))
     quotient = select(lower, quotient - 1, quotient)

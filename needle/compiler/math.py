@@ -10,12 +10,24 @@ infinities, signed zeros and subnormals follow C99's annex F.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, nan, pi
+from math import inf, pi
 from typing import NamedTuple
 
 import numpy as np
 
-from needle.compiler.loops import Expr, absolute, bitcast, cast, floor, fma, literal, select, trunc
+from needle.compiler.loops import (
+    Expr,
+    absolute,
+    binary,
+    bitcast,
+    cast,
+    floor,
+    fma,
+    literal,
+    rare,
+    select,
+    trunc,
+)
 from needle.dtype import DType, float32, float64, int32, int64
 
 uint32, uint64 = np.dtype(np.uint32), np.dtype(np.uint64)
@@ -33,6 +45,7 @@ class Format(NamedTuple):
     largest: float  # e^x is infinite from here on
     smallest: float  # e^x rounds to 0 from here on
     tiny: float  # x^2 vanishes beside x
+    far: float  # angles from here on are reduced by many digits of pi
 
     @property
     def sign(self) -> int:
@@ -41,11 +54,11 @@ class Format(NamedTuple):
 
 FORMATS = {
     float32: Format(
-        uint32, int32, 23, 127, 1.442695, (0.693145751953125, 1.4286068e-06), 89, -104, 1e-9
+        uint32, int32, 23, 127, 1.442695, (0.693145751953125, 1.4286068e-06), 89, -104, 1e-9, 1e5
     ),
     float64: Format(
         uint64, int64, 52, 1023, 1.4426950408889634,
-        (0.6931471805601177, -1.7239444525614835e-13), 710, -746, 1e-18,
+        (0.6931471805601177, -1.7239444525614835e-13), 710, -746, 1e-18, 1e9,
     ),
 }  # fmt: skip
 
@@ -100,22 +113,19 @@ ERF = {
         1.6139281950456254e-13, -3.5922057885131865e-15,
     ),
 }  # fmt: skip
-# (sin(r) - r) / r^3 of z = r^2 for |r| < pi/4, of sin(r): 2^-27.9, 2^-57.9
+# (sin(r) - r) / r^3 of z = r^2 for |r| < pi / 2, of sin(r): 2^-27.1, 2^-61.5
 SIN = {
-    float32: (-0.16666655, 0.008332188, -0.00019518101),
+    float32: (-0.1666666, 0.0083330665, -0.0001980944, 2.6051403e-06),
     float64: (
-        -0.1666666666666663, 0.00833333333332184, -0.00019841269829358593,
-        2.755731353856098e-06, -2.5050734396011178e-08, 1.589543340453912e-10,
+        -0.16666666666666666, 0.008333333333333207, -0.00019841269841212476,
+        2.755731921156839e-06, -2.5052106904256328e-08, 1.6058940990202068e-10,
+        -7.643018950278677e-13, 2.7214139040172815e-15,
     ),
 }  # fmt: skip
-# (cos(r) - 1 + z / 2) / z^2 of z = r^2 for |r| < pi/4, of cos(r): 2^-33.0, 2^-63.9
-COS = {
-    float32: (0.041666646, -0.001388731, 2.4432355e-05),
-    float64: (
-        0.041666666666666595, -0.0013888888888873325, 2.4801587288983848e-05,
-        -2.7557314210176734e-07, 2.0875704291130052e-09, -1.135868463816139e-11,
-    ),
-}  # fmt: skip
+PI = {  # as sums of truncated numbers
+    float32: (3.141592502593994, 1.5099578831723193e-07, 1.078060505991553e-14),
+    float64: (3.141592653589793, 1.224646799147353e-16, 2.1657133478438278e-32),
+}
 # As EXP and LOG, for pow in float32, which computes in float64: 2^-34.0, 2^-38.4
 EXP_SHORT = (
     0.5000000071600974, 0.1666666582003101, 0.041666280493465935, 0.008333503764785918,
@@ -233,13 +243,13 @@ def tanh(x: Expr) -> Expr:
     """y = t / (t + 1) with t = (e^(2 |x|) - 1) / 2, and one step of Newton's for what rounding took
     from it: y + (t - y - y t) / (t + 1), where 1 / (t + 1) = 1 - y; 1 where 1 is the last bit of
     t."""
-    a = absolute(x)
+    limit, whole = 8.66 if x.dtype == float32 else 18.71, absolute(x)
+    a = at_most(whole, limit)
     scale, q = growth(a + a, -1)
     t = fma(scale, q, scale - 0.5)
     y = t / (t + 1)
     y = fma(fma(-y, t, t - y), 1 - y, y)
-    limit = literal(8.66 if x.dtype == float32 else 18.71, x.dtype)
-    return flip_sign(select(limit < a, literal(1, x.dtype), y), sign_of(x))
+    return flip_sign(select(whole > limit, literal(1, x.dtype), y), sign_of(x))
 
 
 def erf(x: Expr) -> Expr:
@@ -270,13 +280,23 @@ def normal(x: Expr) -> tuple[Expr, Expr]:
     form = FORMATS[x.dtype]
     small = x < 2.0 ** (1 - form.bias)
     shift = form.fraction + 1
-    return select(small, x * 2.0**shift, x), select(small, literal(-shift, x.dtype), 0)
+    factor = select(small, literal(2.0**shift, x.dtype), 1)
+    return x * factor, select(small, literal(-shift, x.dtype), 0)
+
+
+def within(x: Expr, lowest: int) -> Expr:
+    """Whether x lies between the float of these bits and infinity."""
+    form = FORMATS[x.dtype]
+    above = (1 << form.fraction) * (2 * form.bias + 1)
+    return bitcast(x, form.bits) - lowest < above - lowest
 
 
 def domain(y: Expr, x: Expr, pole: float) -> Expr:
-    """y where x lies between a logarithm's pole and infinity, else -inf, infinity or NaN."""
+    """y where x lies between a logarithm's pole and infinity, else -1 / 0, 0 / 0, infinity or NaN:
+    a quotient, as the processor's flags tell what became infinite or NaN here."""
     y = select(x < inf, y, x)
-    return select(x > pole, y, select(x.equals(pole), literal(-inf, x.dtype), nan))
+    y = select(x.equals(pole), literal(-1, x.dtype), select(x < pole, literal(0, x.dtype), y))
+    return y / select(x <= pole, literal(0, x.dtype), 1)
 
 
 def log_near_one(f: Expr, coefficients: Sequence[float]) -> Expr:
@@ -284,12 +304,17 @@ def log_near_one(f: Expr, coefficients: Sequence[float]) -> Expr:
     return fma(f * f, polynomial(f, coefficients), f)
 
 
+def log_normal(x: Expr, less: Expr | int = 0) -> Expr:
+    """log(m) + k ln(2) with x = m 2^k, for k + less; ln(2) is by chance so near a float that no
+    rest is added."""
+    k, exponent = split(x, 2 / 3)
+    k = k + less if isinstance(less, Expr) else k
+    return fma(k, 0.6931471805599453, log_near_one(scaled(x, exponent) - 1, LOG[x.dtype]))
+
+
 def log(x: Expr) -> Expr:
-    """log(m) + k ln(2) with x = m 2^k; ln(2) is by chance so near a float that no rest is added."""
-    large, less = normal(x)
-    k, exponent = split(large, 2 / 3)
-    y = log_near_one(scaled(large, exponent) - 1, LOG[x.dtype])
-    return domain(fma(k + less, 0.6931471805599453, y), x, 0)
+    special = ~within(x, 1 << FORMATS[x.dtype].fraction)
+    return rare(special, domain(log_normal(*normal(x)), x, 0), log_normal(x))
 
 
 def log1p(x: Expr) -> Expr:
@@ -297,18 +322,19 @@ def log1p(x: Expr) -> Expr:
 
     2^(2 - k) stands for 2^-k, which may be subnormal.
     """
-    form = FORMATS[x.dtype]
-    k, exponent = split(1 + x, 2 / 3)
+    form, total = FORMATS[x.dtype], 1 + x
+    k, exponent = split(total, 2 / 3)
     scale = bitcast((form.bias + 2 << form.fraction) - exponent, x.dtype)
     f = fma(scale, x * 0.25, fma(scale, 0.25, -1))
     y = fma(k, 0.6931471805599453, log_near_one(f, LOG[x.dtype]))
-    return domain(select(absolute(x) < form.tiny, x, y), x, -1)
+    y = select(absolute(x) < form.tiny, x, y)
+    return rare(~within(total, 1), domain(y, x, -1), y)
 
 
 # Trigonometric functions (Payne and Hanek, ACM SIGNUM Newsletter 18(1), 1983)
 #
 # |x| is a significand M times 2^e. Of its product with the binary digits of 2/pi those count that
-# stand for less than 4 quarter turns. What |x| < pi/4 gives is not used, its shifts included.
+# stand for less than 4 quarter turns. What small |x| give is not used, their shifts included.
 
 
 def digits(start: int) -> Expr:
@@ -322,14 +348,16 @@ def funnel(a: Expr, b: Expr, count: Expr) -> Expr:
     return (a << count) | ((b >> 1) >> (63 - count))
 
 
-def turns(angle: Expr) -> tuple[Expr, Expr]:
-    """An angle in units of 2^-62 quarter turns as (quarter turns, the rest, signed)."""
-    quarters = (angle + (1 << 61)) >> 62
-    return quarters, bitcast(angle - (quarters << 62), int64)
+def turns(angle: Expr, more: int) -> tuple[Expr, Expr]:
+    """An angle in units of 2^-62 quarter turns, and `more` quarter turns, as (half turns, the rest,
+    signed)."""
+    angle = angle + (more << 62)
+    halves = (angle + (1 << 62)) >> 63
+    return halves, bitcast(angle - (halves << 63), int64)
 
 
-def reduce_single(a: Expr) -> tuple[Expr, Expr]:
-    """(quarter turns, the rest in radians) of a float32 >= 0, by 96 digits."""
+def reduce_single(a: Expr, more: int) -> tuple[Expr, Expr]:
+    """(half turns, the rest in radians) of a float32 >= 0 and quarter turns, by 96 digits."""
     bits = cast(bitcast(a, uint32), uint64)
     significand = (bits & 0x7FFFFF) | 0x800000
     place = (bits >> 23) - 126
@@ -341,8 +369,9 @@ def reduce_single(a: Expr) -> tuple[Expr, Expr]:
         skipped = select(beyond, literal(n, uint64), skipped)
     place = place - skipped
     low = (second << place) >> 32
-    quarters, rest = turns(significand * funnel(first, second, place) + (significand * low >> 32))
-    return cast(quarters, uint32), cast(cast(rest, float64) * (HALF_PI[0] * 2.0**-62), float32)
+    angle = significand * funnel(first, second, place) + (significand * low >> 32)
+    halves, rest = turns(angle, more)
+    return cast(halves, uint32), cast(cast(rest, float64) * (HALF_PI[0] * 2.0**-62), float32)
 
 
 def upper_product(a: Expr, b: Expr) -> Expr:
@@ -354,13 +383,11 @@ def upper_product(a: Expr, b: Expr) -> Expr:
     return a1 * b1 + (cross >> 32) + (middle >> 32)
 
 
-def reduce_double(a: Expr) -> tuple[Expr, tuple[Expr, Expr]]:
-    """(quarter turns, the rest in radians and what it lacks) of a float64 >= 0, by 192 digits."""
+def reduce_double(a: Expr, more: int) -> tuple[Expr, Expr]:
+    """(half turns, the rest in radians) of a float64 >= 0 and quarter turns, by 192 digits."""
     bits = bitcast(a, uint64)
-    below = a < 1
-    significand = (bits & (1 << 52) - 1) | 1 << 52
-    significand = select(below, significand, significand << 1)
-    place = select(below, literal(0, uint64), (bits >> 52) - 1023)
+    significand = (bits & (1 << 52) - 1) << 1 | 1 << 53
+    place = (bits >> 52) - 1023
     words = [digits(start) for start in range(-54, 64 * 19 - 54, 64)]
     for n in (8, 4, 2, 1):
         beyond = (place & 64 * n).differs(0)
@@ -370,47 +397,57 @@ def reduce_double(a: Expr) -> tuple[Expr, tuple[Expr, Expr]]:
     low = middle + upper_product(significand, third)
     carry = select(low < middle, literal(1, uint64), 0)
     high = significand * first + upper_product(significand, second) + carry
-    quarters, rest = turns(high)
-    return quarters, radians(rest, low)
+    halves, rest = turns(high, more)
+    return halves, radians(rest, low)
 
 
-def radians(high: Expr, low: Expr) -> tuple[Expr, Expr]:
-    """high + low 2^-64, in units of 2^-62 quarter turns, in radians as a sum of two floats."""
+def radians(high: Expr, low: Expr) -> Expr:
+    """high + low 2^-64, in units of 2^-62 quarter turns, in radians."""
     top = cast(high >> 32, float64)
     middle = cast(high & (1 << 32) - 1, float64)
     bottom = cast(bitcast(low >> 11, int64), float64)
     total = fma(top, 2.0**32, middle)
     rest = fma(bottom, 2.0**-53, fma(top, 2.0**32, -total) + middle)
     total, rest = fast_sum(total, rest)
-    factors = [x * 2.0**-62 for x in HALF_PI]
-    r = total * factors[0]
-    return r, fma(total, factors[0], -r) + fma(total, factors[1], rest * factors[0])
+    first, second = (x * 2.0**-62 for x in HALF_PI)
+    return fma(total, first, fma(total, second, rest * first))
 
 
-def sine(a: Expr, more: int, sign: Expr | int) -> Expr:
-    """The sine of a >= 0 and `more` quarter turns; `sign` flips it."""
-    if a.dtype == float32:
-        (quarters, r), rest = reduce_single(a), None
-    else:
-        quarters, (r, rest) = reduce_double(a)
-    small = a < pi / 4
-    r = select(small, a, select(a < inf, r, nan))
-    quarters = select(small, literal(0, quarters.dtype), quarters) + more
-    z = r * r
-    sin, cos = r * z * polynomial(z, SIN[a.dtype]), z * polynomial(z, (-0.5, *COS[a.dtype]))
-    if rest is not None:
-        rest = select(small, literal(0, a.dtype), rest)
-        sin, cos = sin + rest, fma(-r, rest, cos)
-    y = select((quarters & 1).differs(0), cos + 1, sin + r)
-    return flip_sign(y, (quarters & 2) << 8 * a.dtype.itemsize - 2 ^ sign)
+def reduce_small(a: Expr, more: int) -> tuple[Expr, Expr]:
+    """(half turns, the rest in radians) of a float >= 0 far below 2^fraction and quarter turns.
+
+    The first two products are exact, or nearly cancel where the third counts.
+    """
+    form = FORMATS[a.dtype]
+    magic = 1.5 * 2.0**form.fraction
+    total = fma(a, 1 / pi, 0.5) + magic if more else fma(a, 1 / pi, magic)
+    n = total - magic - 0.5 if more else total - magic
+    for part in PI[a.dtype]:
+        a = fma(n, -part, a)
+    return bitcast(total, form.bits), a
+
+
+def sine(x: Expr, more: int, sign: Expr | int) -> Expr:
+    """The sine of |x| and `more` quarter turns; `sign` flips it. n pi + r gives (-1)^n sin(r)."""
+
+    def of(halves: Expr, r: Expr) -> Expr:
+        z = r * r
+        y = fma(r * z, polynomial(z, SIN[a.dtype]), r)
+        return flip_sign(y, halves << 8 * a.dtype.itemsize - 1 ^ sign)
+
+    a = absolute(x)
+    small = a < FORMATS[a.dtype].far
+    halves, r = (reduce_single if a.dtype == float32 else reduce_double)(a, more)
+    near = of(*reduce_small(select(small, a, literal(0, a.dtype)), more))
+    return rare(~small, of(halves, r + (a - a)), near)  # infinity - infinity is NaN
 
 
 def sin(x: Expr) -> Expr:
-    return sine(absolute(x), 0, sign_of(x))
+    return sine(x, 0, sign_of(x))
 
 
 def cos(x: Expr) -> Expr:
-    return sine(absolute(x), 1, 0)
+    return sine(x, 1, 0)
 
 
 # Powers
@@ -455,27 +492,20 @@ def precise_log(x: Expr) -> tuple[Expr, Expr]:
     return total, rest + fma(k, low, y_rest)
 
 
-def bounded(y: Expr, x: Expr) -> Expr:
-    """y = log(x), also where x is 0, infinite or NaN."""
-    return select(x.equals(0), literal(-inf, x.dtype), select(x < inf, y, x))
-
-
 def power_single(a: Expr, b: Expr) -> Expr:
-    """a^b of float32 for a >= 0, in float64."""
-    a, b = cast(a, float64), at_least(at_most(cast(b, float64), HUGE), -HUGE)
+    """a^b of float32 for a > 0, in float64."""
+    a, b = cast(a, float64), cast(b, float64)
     k, exponent = split(a, 2 / 3)
     y = log_near_one(scaled(a, exponent) - 1, LOG_SHORT)
-    product = b * bounded(fma(k, 0.6931471805599453, y), a)
-    product = at_least(at_most(product, 200), -200)
+    product = at_least(at_most(b * fma(k, 0.6931471805599453, y), 200), -200)
     n, scale = nearest(product, FORMATS[float64].log2e)
     return cast(polynomial(reduced(product, n), (1, 1, *EXP_SHORT)) * scale, float32)
 
 
 def power_double(a: Expr, b: Expr) -> Expr:
-    """a^b of float64 for a >= 0."""
-    b = at_least(at_most(b, HUGE), -HUGE)
+    """a^b of float64 for a > 0."""
     log, log_rest = precise_log(a)
-    x, rest = product(b, bounded(log, a))
+    x, rest = product(b, log)
     rest = select(absolute(x) < 1000, fma(b, log_rest, rest), 0)
     x = clamped(x)
     m, scale = nearest(x, FORMATS[float64].log2e / 2)
@@ -486,13 +516,36 @@ def power_double(a: Expr, b: Expr) -> Expr:
 
 
 def pow(a: Expr, b: Expr) -> Expr:  # noqa: A001
-    """a^b"""
-    y = (power_single if a.dtype == float32 else power_double)(absolute(a), b)
+    """a^b: |a|^b where both are of use, and the rest as a rare case."""
+    one, size = literal(1, a.dtype), absolute(a)
+    usual = (size > 0) & (size < inf) & (absolute(b) < HUGE)
+    power = power_single if a.dtype == float32 else power_double
+    y = power(select(usual, size, one), select(usual, b, one))
+    return rare(~(usual & (a > 0)), special_power(a, b, power_at_ends(a, b, usual, y)), y)
+
+
+def power_at_ends(a: Expr, b: Expr, usual: Expr, y: Expr) -> Expr:
+    """|a|^b: y where that is usual; infinity from finite numbers is 1 / 0."""
+    size, one, zero = absolute(a), literal(1, a.dtype), literal(0, a.dtype)
+    grows = (size > 1).equals(b > 0)
+    finite = (size < inf) & (absolute(b) < inf)
+    trivial = usual | size.equals(1) | b.equals(0)
+    end = select(grows, select(finite, one, inf), zero) / select(
+        grows & finite & ~trivial, zero, one
+    )
+    return select(usual, y, select(trivial, one, end))
+
+
+def special_power(a: Expr, b: Expr, y: Expr) -> Expr:
+    """a^b from y = |a|^b; a root of a negative number is 0 / 0."""
+    one, zero = literal(1, a.dtype), literal(0, a.dtype)
     whole, half = trunc(b).equals(b), b * 0.5
     odd = whole & floor(half).differs(half)
     y = flip_sign(y, select(odd, sign_of(a), 0))
-    y = select((a < 0) & (a > -inf) & ~whole, literal(nan, a.dtype), y)
-    return select(b.equals(0) | a.equals(1), literal(1, a.dtype), y)
+    root = (a < 0) & (a > -inf) & ~whole
+    y = select(root, zero, y) / select(root, zero, one)
+    y = select(a.equals(a), select(b.equals(b), y, b), a)
+    return select(b.equals(0) | a.equals(1), one, y)
 
 
 def integer_power(a: Expr, b: Expr) -> Expr:
@@ -509,6 +562,17 @@ def integer_power(a: Expr, b: Expr) -> Expr:
         return y
     unit = select(a.equals(-1), select((b & 1).differs(0), a, one), literal(0, a.dtype))
     return select(b < 0, select(a.equals(1), one, unit), y)
+
+
+def fmod(a: Expr, b: Expr) -> Expr:
+    """a - trunc(a / b) b, exact. A quotient below 2^fraction is rounded up at most to the next
+    integer."""
+    x, y = absolute(a), absolute(b)
+    near = (x * 2.0 ** -FORMATS[a.dtype].fraction < y) & (y < inf)
+    y = select(near, y, literal(1, a.dtype))
+    rest = fma(-trunc(x / y), y, x)
+    rest = flip_sign(rest + select(rest < 0, y, literal(0, a.dtype)), sign_of(a))
+    return rare(~near, binary("frem", a, b), rest)
 
 
 MATH: dict[str, Callable[..., Expr]] = {

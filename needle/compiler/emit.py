@@ -771,12 +771,16 @@ class Kernel(Writer):
                 here = self.arithmetic("and", bool_, lanes, [here, self.masks[u]])
             here, _ = self.any_lane(here, lanes)
 
+        def key(x: Expr) -> Any:
+            return (x, u) if self.varying[x] else x
+
         def then() -> str:
             with self.scope():
-                for x in ordered(each.args[1:2], usual):
-                    key, place = ((x, u), u) if self.varying[x] else (x, None)
-                    if key not in self.known and x.op not in ("const", "axis"):
-                        self.known[key] = self.evaluate(x, place)
+                for x in ordered(
+                    each.args[1:2], lambda x: () if key(x) in self.known else usual(x)
+                ):
+                    if key(x) not in self.known and x.op not in ("const", "axis"):
+                        self.known[key(x)] = self.evaluate(x, u if self.varying[x] else None)
                 found = self.get(each.args[1], u)
             return self.select(condition, found, other, each.dtype, lanes)
 

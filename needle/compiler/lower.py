@@ -83,7 +83,7 @@ def sign(op: Any, x: Expr) -> Expr:
 
 
 def relu(op: Any, x: Expr) -> Expr:
-    return maximum(x, 0) + 0 if x.dtype in FLOATS else maximum(x, 0)
+    return math.at_least(x, 0) + 0 if x.dtype in FLOATS else maximum(x, 0)
 
 
 def rounding(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
@@ -147,8 +147,13 @@ def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
 
 
 def clip(op: Any, x: Expr) -> Expr:
-    x = x if op.low is None else maximum(x, param(op.low, x.dtype))
-    return x if op.high is None else minimum(x, param(op.high, x.dtype))
+    for bound, quick, function in (
+        (op.low, math.at_least, maximum), (op.high, math.at_most, minimum)
+    ):  # fmt: skip
+        if bound is not None:  # the quick ones are right for NaN in x alone, and not for zeros
+            plain = x.dtype in FLOATS and bound == bound and bound != 0
+            x = (quick if plain else function)(x, param(bound, x.dtype))
+    return x
 
 
 def compare(name: str) -> Callable[..., Expr]:

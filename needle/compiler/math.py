@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,18 +113,25 @@ ERF = {
         1.6139281950456254e-13, -3.5922057885131865e-15,
     ),
 }  # fmt: skip
-# (sin(r) - r) / r^3 of z = r^2 for |r| < pi / 2, of sin(r): 2^-27.1, 2^-61.5
+# (sin(r) - r) / r^3 of z = r^2 for |r| < pi/4, of sin(r): 2^-27.9, 2^-57.9
 SIN = {
-    float32: (-0.1666666, 0.0083330665, -0.0001980944, 2.6051403e-06),
+    float32: (-0.16666655, 0.008332188, -0.00019518101),
     float64: (
-        -0.16666666666666666, 0.008333333333333207, -0.00019841269841212476,
-        2.755731921156839e-06, -2.5052106904256328e-08, 1.6058940990202068e-10,
-        -7.643018950278677e-13, 2.7214139040172815e-15,
+        -0.1666666666666663, 0.00833333333332184, -0.00019841269829358593,
+        2.755731353856098e-06, -2.5050734396011178e-08, 1.589543340453912e-10,
     ),
 }  # fmt: skip
-PI = {  # as sums of truncated numbers
-    float32: (3.141592502593994, 1.5099578831723193e-07, 1.078060505991553e-14),
-    float64: (3.141592653589793, 1.224646799147353e-16, 2.1657133478438278e-32),
+# (cos(r) - 1 + z / 2) / z^2 of z = r^2 for |r| < pi/4, of cos(r): 2^-33.0, 2^-63.9
+COS = {
+    float32: (0.041666646, -0.001388731, 2.4432355e-05),
+    float64: (
+        0.041666666666666595, -0.0013888888888873325, 2.4801587288983848e-05,
+        -2.7557314210176734e-07, 2.0875704291130052e-09, -1.135868463816139e-11,
+    ),
+}  # fmt: skip
+QUARTERS = {  # pi / 2 as sums of truncated numbers
+    float32: (1.570796251296997, 7.549789415861596e-08, 5.390302529957765e-15),
+    float64: (1.5707963267948966, 6.123233995736765e-17, 1.0828566739219139e-32),
 }
 # As EXP and LOG, for pow in float32, which computes in float64: 2^-34.0, 2^-38.4
 EXP_SHORT = (
@@ -161,13 +168,13 @@ def polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
     return found
 
 
-def at_most(x: Expr, bound: float) -> Expr:
+def at_most(x: Expr, bound: Any) -> Expr:
     """min(x, bound), in one instruction; NaN stays."""
     limit = literal(bound, x.dtype)
     return select(limit < x, limit, x)
 
 
-def at_least(x: Expr, bound: float) -> Expr:
+def at_least(x: Expr, bound: Any) -> Expr:
     limit = literal(bound, x.dtype)
     return select(x < limit, limit, x)
 
@@ -348,16 +355,14 @@ def funnel(a: Expr, b: Expr, count: Expr) -> Expr:
     return (a << count) | ((b >> 1) >> (63 - count))
 
 
-def turns(angle: Expr, more: int) -> tuple[Expr, Expr]:
-    """An angle in units of 2^-62 quarter turns, and `more` quarter turns, as (half turns, the rest,
-    signed)."""
-    angle = angle + (more << 62)
-    halves = (angle + (1 << 62)) >> 63
-    return halves, bitcast(angle - (halves << 63), int64)
+def turns(angle: Expr) -> tuple[Expr, Expr]:
+    """An angle in units of 2^-62 quarter turns as (quarter turns, the rest, signed)."""
+    quarters = (angle + (1 << 61)) >> 62
+    return quarters, bitcast(angle - (quarters << 62), int64)
 
 
-def reduce_single(a: Expr, more: int) -> tuple[Expr, Expr]:
-    """(half turns, the rest in radians) of a float32 >= 0 and quarter turns, by 96 digits."""
+def reduce_single(a: Expr) -> tuple[Expr, Expr]:
+    """(quarter turns, the rest in radians) of a float32 >= 0, by 96 digits."""
     bits = cast(bitcast(a, uint32), uint64)
     significand = (bits & 0x7FFFFF) | 0x800000
     place = (bits >> 23) - 126
@@ -370,8 +375,8 @@ def reduce_single(a: Expr, more: int) -> tuple[Expr, Expr]:
     place = place - skipped
     low = (second << place) >> 32
     angle = significand * funnel(first, second, place) + (significand * low >> 32)
-    halves, rest = turns(angle, more)
-    return cast(halves, uint32), cast(cast(rest, float64) * (HALF_PI[0] * 2.0**-62), float32)
+    quarters, rest = turns(angle)
+    return cast(quarters, uint32), cast(cast(rest, float64) * (HALF_PI[0] * 2.0**-62), float32)
 
 
 def upper_product(a: Expr, b: Expr) -> Expr:
@@ -383,8 +388,8 @@ def upper_product(a: Expr, b: Expr) -> Expr:
     return a1 * b1 + (cross >> 32) + (middle >> 32)
 
 
-def reduce_double(a: Expr, more: int) -> tuple[Expr, Expr]:
-    """(half turns, the rest in radians) of a float64 >= 0 and quarter turns, by 192 digits."""
+def reduce_double(a: Expr) -> tuple[Expr, Expr]:
+    """(quarter turns, the rest in radians) of a float64 >= 0, by 192 digits."""
     bits = bitcast(a, uint64)
     significand = (bits & (1 << 52) - 1) << 1 | 1 << 53
     place = (bits >> 52) - 1023
@@ -397,8 +402,8 @@ def reduce_double(a: Expr, more: int) -> tuple[Expr, Expr]:
     low = middle + upper_product(significand, third)
     carry = select(low < middle, literal(1, uint64), 0)
     high = significand * first + upper_product(significand, second) + carry
-    halves, rest = turns(high, more)
-    return halves, radians(rest, low)
+    quarters, rest = turns(high)
+    return quarters, radians(rest, low)
 
 
 def radians(high: Expr, low: Expr) -> Expr:
@@ -413,33 +418,35 @@ def radians(high: Expr, low: Expr) -> Expr:
     return fma(total, first, fma(total, second, rest * first))
 
 
-def reduce_small(a: Expr, more: int) -> tuple[Expr, Expr]:
-    """(half turns, the rest in radians) of a float >= 0 far below 2^fraction and quarter turns.
+def reduce_small(a: Expr) -> tuple[Expr, Expr]:
+    """(quarter turns, the rest in radians) of a float >= 0 far below 2^fraction.
 
-    The first two products are exact, or nearly cancel where the third counts.
+    The first product leaves no rounding, and the second one that counts only where the third does
+    not.
     """
     form = FORMATS[a.dtype]
     magic = 1.5 * 2.0**form.fraction
-    total = fma(a, 1 / pi, 0.5) + magic if more else fma(a, 1 / pi, magic)
-    n = total - magic - 0.5 if more else total - magic
-    for part in PI[a.dtype]:
-        a = fma(n, -part, a)
+    total = fma(a, 2 / pi, magic)
+    for part in QUARTERS[a.dtype]:
+        a = fma(total - magic, -part, a)
     return bitcast(total, form.bits), a
 
 
 def sine(x: Expr, more: int, sign: Expr | int) -> Expr:
-    """The sine of |x| and `more` quarter turns; `sign` flips it. n pi + r gives (-1)^n sin(r)."""
+    """The sine of |x| and `more` quarter turns; `sign` flips it."""
 
-    def of(halves: Expr, r: Expr) -> Expr:
-        z = r * r
-        y = fma(r * z, polynomial(z, SIN[a.dtype]), r)
-        return flip_sign(y, halves << 8 * a.dtype.itemsize - 1 ^ sign)
+    def of(quarters: Expr, r: Expr) -> Expr:
+        quarters, z = quarters + more, r * r
+        sin = fma(r * z, polynomial(z, SIN[a.dtype]), r)
+        cos = fma(z, polynomial(z, (-0.5, *COS[a.dtype])), 1)
+        y = select((quarters & 1).differs(0), cos, sin)
+        return flip_sign(y, (quarters & 2) << 8 * a.dtype.itemsize - 2 ^ sign)
 
     a = absolute(x)
     small = a < FORMATS[a.dtype].far
-    halves, r = (reduce_single if a.dtype == float32 else reduce_double)(a, more)
-    near = of(*reduce_small(select(small, a, literal(0, a.dtype)), more))
-    return rare(~small, of(halves, r + (a - a)), near)  # infinity - infinity is NaN
+    quarters, r = (reduce_single if a.dtype == float32 else reduce_double)(a)
+    near = of(*reduce_small(select(small, a, literal(0, a.dtype))))
+    return rare(~small, of(quarters, r + (a - a)), near)  # infinity - infinity is NaN
 
 
 def sin(x: Expr) -> Expr:

@@ -157,6 +157,7 @@ TWO_OVER_PI = (  # its binary digits
     "BDF9283B1FF897FFDE05980FEF2F118B5A0A6D1F6D367ECF27CB09B74F463F669E5FEA2D7527BAC7EBE5"
     "F17B3D0739F78A5292EA6BFB5FB11F8D5D08560"
 )
+LN2 = 0.6931471805599453
 HUGE = 2.0**70  # |b log(a)| for any a but 1 is then beyond what exp takes; an even integer
 
 
@@ -222,7 +223,7 @@ def exp(x: Expr) -> Expr:
     return polynomial(reduced(x, m, 2), (1, 1, *EXP[x.dtype])) * scale * scale
 
 
-def growth(x: Expr, shift: int = 0) -> tuple[Expr, Expr]:
+def growth(x: Expr, shift: int = 0, near: bool = False) -> tuple[Expr, Expr]:
     """(s 2^shift, q) with e^x = s (1 + q), s a power of 2 and |q| < 1/2.
 
     In float64 the rounding of r = x - n ln(2) is put right: where e^x - 1 = 2 q + 1 cancels, near
@@ -230,7 +231,7 @@ def growth(x: Expr, shift: int = 0) -> tuple[Expr, Expr]:
     """
     n, scale = nearest(x, FORMATS[x.dtype].log2e, shift)
     if x.dtype == float32:
-        r = reduced(x, n)
+        r = fma(n, -LN2, x) if near else reduced(x, n)
         return scale, fma(r * r, polynomial(r, EXPM1[x.dtype]), r)
     high, low = FORMATS[x.dtype].ln2
     first, rest = fma(n, -high, x), n * -low
@@ -262,7 +263,7 @@ def tanh(x: Expr) -> Expr:
 def erf(x: Expr) -> Expr:
     """1 - e^(-t) with t = -log(erfc(|x|)), which is |x| times a polynomial."""
     a = at_most(absolute(x), 3.93 if x.dtype == float32 else 5.93)
-    scale, q = growth(-fma(a, polynomial(a, ERF[x.dtype]), a))
+    scale, q = growth(-fma(a, polynomial(a, ERF[x.dtype]), a), near=True)
     return flip_sign(fma(-scale, q, 1 - scale), sign_of(x))
 
 
@@ -316,7 +317,7 @@ def log_normal(x: Expr, less: Expr | int = 0) -> Expr:
     rest is added."""
     k, exponent = split(x, 2 / 3)
     k = k + less if isinstance(less, Expr) else k
-    return fma(k, 0.6931471805599453, log_near_one(scaled(x, exponent) - 1, LOG[x.dtype]))
+    return fma(k, LN2, log_near_one(scaled(x, exponent) - 1, LOG[x.dtype]))
 
 
 def log(x: Expr) -> Expr:
@@ -333,7 +334,7 @@ def log1p(x: Expr) -> Expr:
     k, exponent = split(total, 2 / 3)
     scale = bitcast((form.bias + 2 << form.fraction) - exponent, x.dtype)
     f = fma(scale, x * 0.25, fma(scale, 0.25, -1))
-    y = fma(k, 0.6931471805599453, log_near_one(f, LOG[x.dtype]))
+    y = fma(k, LN2, log_near_one(f, LOG[x.dtype]))
     y = select(absolute(x) < form.tiny, x, y)
     return rare(~within(total, 1), domain(y, x, -1), y)
 
@@ -504,7 +505,7 @@ def power_single(a: Expr, b: Expr) -> Expr:
     a, b = cast(a, float64), cast(b, float64)
     k, exponent = split(a, 2 / 3)
     y = log_near_one(scaled(a, exponent) - 1, LOG_SHORT)
-    product = at_least(at_most(b * fma(k, 0.6931471805599453, y), 200), -200)
+    product = at_least(at_most(b * fma(k, LN2, y), 200), -200)
     n, scale = nearest(product, FORMATS[float64].log2e)
     return cast(polynomial(reduced(product, n), (1, 1, *EXP_SHORT)) * scale, float32)
 

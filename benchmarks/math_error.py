@@ -5,14 +5,14 @@
 
 float32: functions of one argument on every step-th of the 2^32 bit patterns, against the C library
 in double. float64, and functions of two arguments: samples of random bits, of every exponent, of
-the range that matters, near 1 and near multiples of pi / 2, and all pairs of special values; float64
-against libquadmath. Errors are in units in the last place of the exact value, with the arguments at
+the range that matters, near 1 and near multiples of pi / 2, and all pairs of special values;
+float64 against libquadmath. Errors are in units in the last place of the exact value, with the arguments at
 the largest. "special" counts wrong NaNs, infinities of NaN arguments, zeros or their signs, and
 values beyond 1 where there are none. The exit status is 1 if a function of math.py is beyond its
 bound of 2 (pow in float64: 4) or has such values. It needs a C compiler with libquadmath (gcc).
 
-The composites at the end are what their ops make of them; they have no bound, and their unit is that
-of the last place of max(|y|, 1).
+The composites at the end are what their ops make of them; they have no bound, and their unit is
+that of the last place of max(|y|, 1).
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ COMPOSITES = ("sigmoid", "silu", "gelu", "gelu tanh", "softplus")
 AT_MOST_ONE = ("tanh", "sin", "cos", "erf", "sigmoid")
 CHUNK = 1 << 22
 SPECIAL = [
-    0.0, 5e-324, 1e-310, 2.0**-149, 1e-40, 2.0**-126, 2.0**-1022, 0.5, 1.0, 1.5, 2.0, 3.0, 2.5, 24.0,
-    2.0**23 - 0.5, 2.0**24 + 2, 2.0**53, 88.72, 88.73, 103.9, 104.1, 709.7, 709.8, 745.1, 745.2,
-    np.pi / 2, np.pi, 1e5, 1e9, 1e22, 6381956970095103 * 2.0**797, 2.0**127, 2.0**1023, np.inf, np.nan,
+    0.0, 5e-324, 1e-310, 2.0**-149, 1e-40, 2.0**-126, 2.0**-1022, 0.5, 1.0, 1.5, 2.0, 3.0, 2.5,
+    24.0, 2.0**23 - 0.5, 2.0**24 + 2, 2.0**53, 88.72, 88.73, 103.9, 104.1, 709.7, 709.8, 745.1,
+    745.2, np.pi / 2, np.pi, 1e5, 1e9, 1e22, 6381956970095103 * 2.0**797, 2.0**127, 2.0**1023,
+    np.inf, np.nan,
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,7 @@ def measure(name: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
     with ndl.no_grad(), torch.no_grad():
         for _ in range(rounds):
             for kind, call in calls.items():
+                time.sleep(0.05)  # the other library's threads stop waiting in a loop
                 times[kind].append(time_call(call))
     found = {kind: statistics.median(each) * 1e3 / SIZE for kind, each in times.items()}
     return {"name": name, "dtype": dtype, "threads": threads, **found,

@@ -199,7 +199,7 @@ ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.Log: unary_math("log"),
     ops.Log1p: unary_math("log1p"),
     ops.Sqrt: lambda op, x: sqrt(x),
-    ops.Rsqrt: lambda op, x: 1 / sqrt(x),
+    ops.Rsqrt: unary_math("rsqrt"),
     ops.Sin: unary_math("sin"),
     ops.Cos: unary_math("cos"),
     ops.Tanh: unary_math("tanh"),

@@ -26,6 +26,7 @@ from needle.compiler.loops import (
     literal,
     rare,
     select,
+    sqrt,
     trunc,
 )
 from needle.dtype import DType, float32, float64, int32, int64
@@ -265,6 +266,23 @@ def erf(x: Expr) -> Expr:
     a = at_most(absolute(x), 3.93 if x.dtype == float32 else 5.93)
     scale, q = growth(-fma(a, polynomial(a, ERF[x.dtype]), a), near=True)
     return flip_sign(fma(-scale, q, 1 - scale), sign_of(x))
+
+
+# Roots
+
+
+def rsqrt(x: Expr) -> Expr:
+    """1 / sqrt(x): a guess that halves the exponent (Lomont, 2003), and two steps of Householder's,
+    y + y e / 2 + 3 y e^2 / 8 + ... with e = 1 - x y^2."""
+    form, single = FORMATS[x.dtype], x.dtype == float32
+    usual = within(x, 1 << form.fraction)
+    a = select(usual, x, literal(1, x.dtype))
+    start = literal(0x5F3759DF if single else 0x5FE6EB50C7B537A9, form.bits)
+    y = bitcast(start - (bitcast(a, form.bits) >> 1), x.dtype)
+    for terms in (3, 1 if single else 3):
+        e = fma(-(a * y), y, 1)
+        y = fma(y * e, polynomial(e, (0.5, 0.375, 0.3125)[:terms]), y)
+    return rare(~usual, 1 / sqrt(x), y)
 
 
 # Logarithms
@@ -585,5 +603,5 @@ def fmod(a: Expr, b: Expr) -> Expr:
 
 MATH: dict[str, Callable[..., Expr]] = {
     "exp": exp, "expm1": expm1, "log": log, "log1p": log1p, "tanh": tanh, "sin": sin, "cos": cos,
-    "erf": erf, "pow": pow, "integer_power": integer_power,
+    "erf": erf, "rsqrt": rsqrt, "pow": pow, "integer_power": integer_power,
 }  # fmt: skip

@@ -118,6 +118,17 @@ def test_float32_is_within_2_ulp(name):
     worst(interpreted(MATH[name], x), exact, 2, x)
 
 
+@pytest.mark.parametrize("name", UNARY)
+def test_every_4099th_float32_in_machine_code(name):
+    """benchmarks/math_error.py takes every one."""
+    x = np.arange(0, 1 << 32, 4099, np.int64).astype(np.uint32).view(float32)
+    found = compiled(MATH[name], host().vector_bits, x)
+    with np.errstate(all="ignore"):
+        worst(found, exact_of(name, x.astype(float64)), 2, x)
+    if name in ("tanh", "sin", "cos", "erf"):
+        assert np.nanmax(np.abs(found)) <= 1
+
+
 @precise
 @pytest.mark.parametrize("name", [name for name in UNARY if name != "erf"])
 def test_float64_is_within_2_ulp(name):
@@ -299,6 +310,19 @@ def test_integer_power_wraps_around(dtype):
         want = pow(x, y, 1 << size) if y >= 0 else 0 if abs(x) != 1 else x ** (y % 2)
         assert (z - want) % (1 << size) == 0, (x, y)
     assert np.array_equal(found, numpy_power(a, b))
+
+
+def test_remainders_are_exact():
+    """fmod and Python's %, over all magnitudes of the quotient."""
+    for dtype in (float32, float64):
+        a, b = powers(dtype, 1 << 10)
+        with np.errstate(all="ignore"):
+            a, b = np.concatenate([a, b, b * dtype.type(7)]), np.concatenate([b, a, b])
+            rest, want = np.fmod(a, b), np.remainder(a, b)
+        for function, exact in ((fmod, rest), (float_remainder, want)):
+            found = compiled(function, host().vector_bits, a, b)
+            np.testing.assert_array_equal(found, exact)
+            assert np.array_equal(np.signbit(found[found == 0]), np.signbit(exact[found == 0]))
 
 
 # The same in machine code

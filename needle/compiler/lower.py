@@ -147,13 +147,14 @@ def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
 
 
 def clip(op: Any, x: Expr) -> Expr:
-    for bound, quick, function in (
-        (op.low, math.at_least, maximum), (op.high, math.at_most, minimum)
-    ):  # fmt: skip
-        if bound is not None:  # the quick ones are right for NaN in x alone, and not for zeros
-            plain = x.dtype in FLOATS and bound == bound and bound != 0
-            x = (quick if plain else function)(x, param(bound, x.dtype))
-    return x
+    x = x if op.low is None else bounded(x, op.low, maximum, math.at_least)
+    return x if op.high is None else bounded(x, op.high, minimum, math.at_most)
+
+
+def bounded(x: Expr, bound: Any, function: Callable[..., Expr], quick: Callable[..., Expr]) -> Expr:
+    """By the quick one where the bound is neither 0, whose sign would count, nor NaN."""
+    plain = x.dtype in FLOATS and bound == bound and bound != 0
+    return (quick if plain else function)(x, param(bound, x.dtype))
 
 
 def compare(name: str) -> Callable[..., Expr]:

@@ -15,20 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from needle.compiler.loops import (
-    Expr,
-    absolute,
-    binary,
-    bitcast,
-    cast,
-    floor,
-    fma,
-    literal,
-    rare,
-    select,
-    sqrt,
-    trunc,
-)
+from needle.compiler import loops
+from needle.compiler.loops import Expr, absolute, bitcast, cast, floor, fma, literal, rare, select
 from needle.dtype import DType, float32, float64, int32, int64
 
 uint32, uint64 = np.dtype(np.uint32), np.dtype(np.uint64)
@@ -282,7 +270,7 @@ def rsqrt(x: Expr) -> Expr:
     for terms in (3, 1 if single else 3):
         e = fma(-(a * y), y, 1)
         y = fma(y * e, polynomial(e, (0.5, 0.375, 0.3125)[:terms]), y)
-    return rare(~usual, 1 / sqrt(x), y)
+    return rare(~usual, 1 / loops.sqrt(x), y)
 
 
 # Logarithms
@@ -426,14 +414,11 @@ def reduce_double(a: Expr) -> tuple[Expr, Expr]:
 
 
 def radians(high: Expr, low: Expr) -> Expr:
-    """high + low 2^-64, in units of 2^-62 quarter turns, in radians."""
-    top = cast(high >> 32, float64)
-    middle = cast(high & (1 << 32) - 1, float64)
-    bottom = cast(bitcast(low >> 11, int64), float64)
-    total = fma(top, 2.0**32, middle)
-    rest = fma(bottom, 2.0**-53, fma(top, 2.0**32, -total) + middle)
-    total, rest = fast_sum(total, rest)
-    first, second = (x * 2.0**-62 for x in HALF_PI)
+    """high + low 2^-64, in units of 2^-62 quarter turns, in radians; |high| <= 2^61."""
+    total = cast(high >> 10, float64)
+    rest = (bitcast(high, uint64) & 1023) << 53 | (low >> 11)
+    rest = cast(bitcast(rest, int64), float64) * 2.0**-63
+    first, second = (x * 2.0**-52 for x in HALF_PI)
     return fma(total, first, fma(total, second, rest * first))
 
 
@@ -547,29 +532,23 @@ def pow(a: Expr, b: Expr) -> Expr:  # noqa: A001
     usual = (size > 0) & (size < inf) & (absolute(b) < HUGE)
     power = power_single if a.dtype == float32 else power_double
     y = power(select(usual, size, one), select(usual, b, one))
-    return rare(~(usual & (a > 0)), special_power(a, b, power_at_ends(a, b, usual, y)), y)
+    return rare(~(usual & (a > 0)), special_power(a, b, y, usual), y)
 
 
-def power_at_ends(a: Expr, b: Expr, usual: Expr, y: Expr) -> Expr:
-    """|a|^b: y where that is usual; infinity from finite numbers is 1 / 0."""
+def special_power(a: Expr, b: Expr, y: Expr, usual: Expr) -> Expr:
+    """a^b from y, which is |a|^b where that is usual. What finite numbers make infinite is a
+    quotient by 0, a root of a negative number 0 / 0."""
     size, one, zero = absolute(a), literal(1, a.dtype), literal(0, a.dtype)
     grows = (size > 1).equals(b > 0)
     finite = (size < inf) & (absolute(b) < inf)
     trivial = usual | size.equals(1) | b.equals(0)
-    end = select(grows, select(finite, one, inf), zero) / select(
-        grows & finite & ~trivial, zero, one
-    )
-    return select(usual, y, select(trivial, one, end))
-
-
-def special_power(a: Expr, b: Expr, y: Expr) -> Expr:
-    """a^b from y = |a|^b; a root of a negative number is 0 / 0."""
-    one, zero = literal(1, a.dtype), literal(0, a.dtype)
-    whole, half = trunc(b).equals(b), b * 0.5
+    end = select(grows, select(finite, one, inf), zero)
+    y = select(usual, y, select(trivial, one, end))
+    whole, half = loops.trunc(b).equals(b), b * 0.5
     odd = whole & floor(half).differs(half)
-    y = flip_sign(y, select(odd, sign_of(a), 0))
     root = (a < 0) & (a > -inf) & ~whole
-    y = select(root, zero, y) / select(root, zero, one)
+    y = flip_sign(select(root, zero, y), select(odd, sign_of(a), 0))
+    y = y / select(root | (grows & finite & ~trivial), zero, one)
     y = select(a.equals(a), select(b.equals(b), y, b), a)
     return select(b.equals(0) | a.equals(1), one, y)
 
@@ -596,9 +575,9 @@ def fmod(a: Expr, b: Expr) -> Expr:
     x, y = absolute(a), absolute(b)
     near = (x * 2.0 ** -FORMATS[a.dtype].fraction < y) & (y < inf)
     y = select(near, y, literal(1, a.dtype))
-    rest = fma(-trunc(x / y), y, x)
+    rest = fma(-loops.trunc(x / y), y, x)
     rest = flip_sign(rest + select(rest < 0, y, literal(0, a.dtype)), sign_of(a))
-    return rare(~near, binary("frem", a, b), rest)
+    return rare(~near, loops.binary("frem", a, b), rest)
 
 
 MATH: dict[str, Callable[..., Expr]] = {

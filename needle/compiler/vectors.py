@@ -190,7 +190,7 @@ class Writer:
 
     def either(self, condition: str, then: Callable[[], str], other: str, kind: str) -> str:
         """then() where the condition holds, else the other value."""
-        before, found = self.block, []
+        before, found = self.block, list[str]()
 
         def branch() -> None:
             found.extend((then(), self.block))

@@ -770,21 +770,25 @@ class Kernel(Writer):
             if self.masks:
                 here = self.arithmetic("and", bool_, lanes, [here, self.masks[u]])
             here, _ = self.any_lane(here, lanes)
+        ends = [other, self.block]
 
         def key(x: Expr) -> Any:
             return (x, u) if self.varying[x] else x
 
-        def then() -> str:
+        def then() -> None:
             with self.scope():
                 for x in ordered(
-                    each.args[1:2], lambda x: () if key(x) in self.known else usual(x)
+                    each.args[1:2], lambda x: [] if key(x) in self.known else usual(x)
                 ):
                     if key(x) not in self.known and x.op not in ("const", "axis"):
                         self.known[key(x)] = self.evaluate(x, u if self.varying[x] else None)
                 found = self.get(each.args[1], u)
-            return self.select(condition, found, other, each.dtype, lanes)
+                ends.append(self.select(condition, found, other, each.dtype, lanes))
+            ends.append(self.block)
 
-        return self.either(here, then, other, typed(each.dtype, lanes))
+        self.when(here, then)
+        parts = f"[{ends[0]}, %{ends[1]}], [{ends[2]}, %{ends[3]}]"
+        return self.let(f"phi {typed(each.dtype, lanes)} {parts}")
 
     def emit_check(self, each: Expr, u: int | None) -> str:
         """An index, wrapped; out of range it is 0 and sets the flags, unless others are set."""

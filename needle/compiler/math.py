@@ -139,7 +139,6 @@ ATANH = (
     0.15386763938583192, 0.13256660053803032, 0.1319782610158234,
 )  # fmt: skip
 TWO_THIRDS = (0.6666666666666666, 3.700743415417188e-17)
-HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 TWO_OVER_PI = (  # its binary digits
     "A2F9836E4E441529FC2757D1F534DDC0DB6295993C439041FE5163ABDEBBC561B7246E3A424DD2E00649"
     "2EEA09D1921CFE1DEB1CB129A73EE88235F52EBB4484E99C7026B45F7E413991D639835339F49C845F8B"
@@ -368,24 +367,6 @@ def turns(angle: Expr) -> tuple[Expr, Expr]:
     return quarters, bitcast(angle - (quarters << 62), int64)
 
 
-def reduce_single(a: Expr) -> tuple[Expr, Expr]:
-    """(quarter turns, the rest in radians) of a float32 >= 0, by 96 digits."""
-    bits = cast(bitcast(a, uint32), uint64)
-    significand = (bits & 0x7FFFFF) | 0x800000
-    place = (bits >> 23) - 126
-    first, second, skipped = digits(-25), digits(39), literal(0, uint64)
-    for n in (32, 64, 96):
-        beyond = a >= 2.0 ** (n - 1)
-        first = select(beyond, digits(n - 25), first)
-        second = select(beyond, digits(n + 39), second)
-        skipped = select(beyond, literal(n, uint64), skipped)
-    place = place - skipped
-    low = (second << place) >> 32
-    angle = significand * funnel(first, second, place) + (significand * low >> 32)
-    quarters, rest = turns(angle)
-    return cast(quarters, uint32), cast(cast(rest, float64) * (HALF_PI[0] * 2.0**-62), float32)
-
-
 def upper_product(a: Expr, b: Expr) -> Expr:
     """The upper half of a * b for a < 2^54."""
     low = literal((1 << 32) - 1, uint64)
@@ -395,13 +376,14 @@ def upper_product(a: Expr, b: Expr) -> Expr:
     return a1 * b1 + (cross >> 32) + (middle >> 32)
 
 
-def reduce_double(a: Expr) -> tuple[Expr, Expr]:
-    """(quarter turns, the rest in radians) of a float64 >= 0, by 192 digits."""
-    bits = bitcast(a, uint64)
+def reduce_large(a: Expr) -> tuple[Expr, Expr]:
+    """(quarter turns, the rest in radians) of a float >= 0, by 192 digits."""
+    bits = bitcast(cast(a, float64), uint64)
     significand = (bits & (1 << 52) - 1) << 1 | 1 << 53
     place = (bits >> 52) - 1023
-    words = [digits(start) for start in range(-54, 64 * 19 - 54, 64)]
-    for n in (8, 4, 2, 1):
+    steps = (1,) if a.dtype == float32 else (8, 4, 2, 1)
+    words = [digits(64 * i - 54) for i in range(2 * steps[0] + 3)]
+    for n in steps:
         beyond = (place & 64 * n).differs(0)
         words = [select(beyond, words[i + n], words[i]) for i in range(n + 3)]
     first, second, third = (funnel(words[i], words[i + 1], place & 63) for i in range(3))
@@ -410,7 +392,7 @@ def reduce_double(a: Expr) -> tuple[Expr, Expr]:
     carry = select(low < middle, literal(1, uint64), 0)
     high = significand * first + upper_product(significand, second) + carry
     quarters, rest = turns(high)
-    return quarters, radians(rest, low)
+    return cast(quarters, FORMATS[a.dtype].bits), cast(radians(rest, low), a.dtype)
 
 
 def radians(high: Expr, low: Expr) -> Expr:
@@ -418,7 +400,7 @@ def radians(high: Expr, low: Expr) -> Expr:
     total = cast(high >> 10, float64)
     rest = (bitcast(high, uint64) & 1023) << 53 | (low >> 11)
     rest = cast(bitcast(rest, int64), float64) * 2.0**-63
-    first, second = (x * 2.0**-52 for x in HALF_PI)
+    first, second = (x * 2.0**-52 for x in QUARTERS[float64][:2])
     return fma(total, first, fma(total, second, rest * first))
 
 
@@ -448,7 +430,7 @@ def sine(x: Expr, more: int, sign: Expr | int) -> Expr:
 
     a = absolute(x)
     small = a < FORMATS[a.dtype].far
-    quarters, r = (reduce_single if a.dtype == float32 else reduce_double)(a)
+    quarters, r = reduce_large(a)
     near = of(*reduce_small(select(small, a, literal(0, a.dtype))))
     return rare(~small, of(quarters, r + (a - a)), near)  # infinity - infinity is NaN
 

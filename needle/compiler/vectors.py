@@ -188,16 +188,6 @@ class Writer:
         self.do(f"br label %after{number}")
         self.begin(f"after{number}")
 
-    def either(self, condition: str, then: Callable[[], str], other: str, kind: str) -> str:
-        """then() where the condition holds, else the other value."""
-        before, found = self.block, list[str]()
-
-        def branch() -> None:
-            found.extend((then(), self.block))
-
-        self.when(condition, branch)
-        return self.let(f"phi {kind} [{other}, %{before}], [{found[0]}, %{found[1]}]")
-
     # Values
 
     def call(self, name: str, kind: str, lanes: int, args: Sequence[str]) -> str:

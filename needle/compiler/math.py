@@ -1,10 +1,13 @@
-"""Functions of floats as expressions: exp, log, sin, ... of float32 and float64, without branches.
+"""Functions of floats as expressions: exp, log, sin, ... of float32 and float64, without branches
+but for rare cases.
 
 Each reduces its argument to a short interval, exactly where that matters, and evaluates a minimax
 polynomial there (Remez's algorithm, coefficients rounded one by one and the rest fitted again). The
 numbers behind a table are bounds of the polynomial's relative error. Kernels inline these and
 nothing optimises them: the number of operations is the cost. Errors are below 2 ULP; NaN,
-infinities, signed zeros and subnormals follow C99's annex F.
+infinities, signed zeros and subnormals follow C99's annex F. The processor's flags for invalid
+operations, division by zero and overflow are raised where finite arguments give infinity or NaN:
+`select` does not hide what the side not taken raises, so arguments are cleaned before.
 """
 
 from __future__ import annotations

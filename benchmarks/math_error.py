@@ -7,8 +7,8 @@ float32: functions of one argument on every step-th of the 2^32 bit patterns, ag
 in double. float64, and functions of two arguments: samples of random bits, of every exponent, of
 the range that matters, near 1 and near multiples of pi / 2, and all pairs of special values;
 float64 against libquadmath. Errors are in units in the last place of the exact value, with the
-arguments at the largest. "special" counts wrong NaNs, infinities of NaN arguments, zeros or their signs, and
-values beyond 1 where there are none. The exit status is 1 if a function of math.py is beyond its
+arguments at the largest. "special" counts wrong NaNs, zeros or their signs, and values beyond 1
+where there are none. The exit status is 1 if a function of math.py is beyond its
 bound of 2 (pow in float64: 4) or has such values. It needs a C compiler with libquadmath (gcc).
 
 The composites at the end are what their ops make of them; they have no bound, and their unit is

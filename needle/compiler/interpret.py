@@ -228,7 +228,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "urem": unsigned(np.remainder), "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "shl": np.left_shift,
     "lshr": unsigned(np.right_shift), "ashr": shift_arithmetic, "lt": np.less,
-    "le": np.less_equal, "eq": np.equal, "ne": np.not_equal, "select": np.where,
+    "le": np.less_equal, "eq": np.equal, "ne": np.not_equal, "select": np.where, "rare": np.where,
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from needle.capture.variant import Variant
 from needle.compiler.explain import explain
 from needle.compiler.reference import ReferenceProgram
 from needle.init.random import Generator, Source
+from needle.ops.contract import Precision, get_matmul_precision
 
 MOST_VARIANTS = 64  # of one function; the one unused for longest goes
 PATIENCE = 8  # variants made by the same argument, after which a warning names it
@@ -77,7 +78,7 @@ class JittedFunction:
             )  # a part of the outer program; or watched, op by op
         if kwargs:
             args, kwargs = self.in_order(args, kwargs)
-        call = Call(MODE.grad, MODE.autocast)
+        call = Call(MODE.grad, MODE.autocast, Precision.dot)
         try:
             for name, x in zip(self.parameters, args, strict=False):
                 if name in self.static:
@@ -163,6 +164,7 @@ class JittedFunction:
         words = {path: in_words(x) for path, x in self.leaves(args, kwargs)}
         words["gradient mode"] = "on" if MODE.grad else "off"
         words["autocast"] = str(MODE.autocast or "off")
+        words["matmul precision"] = get_matmul_precision()
         cause, reason = self.reason(key, call, words)
         pins: dict[int, Tensor] = {}
         while True:

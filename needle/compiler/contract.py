@@ -28,11 +28,12 @@ import numpy as np
 
 from needle.compiler.emit import Slots, Structure, emit_tile
 from needle.compiler.loops import Contraction, Operand
-from needle.compiler.target import vector_bits
-from needle.compiler.vectors import Writer, constant, typed
-from needle.dtype import LOW_PRECISION, DType, bool_, float32, int64, uint8
+from needle.compiler.target import host, vector_bits
+from needle.compiler.vectors import Writer, constant, typed, uint32
+from needle.dtype import LOW_PRECISION, DType, bfloat16, bool_, float32, int64, uint8
 from needle.ops.order import SEGMENT
 
+DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 SMALL = 4  # rows of the micro-kernel for what is left of a strip
 FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it is swept with
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
@@ -113,14 +114,18 @@ class Function(Writer):
 
 @dataclass(frozen=True)
 class Core:
-    """The function that computes a block, of a dtype and vector width; engine.py loads it."""
+    """The function that computes a block, of a dtype and vector width; engine.py loads it.
+
+    dot: by the processor's bfloat16 dot product: packed operands become pairs of terms, rounded.
+    """
 
     dtype: DType
     bits: int
+    dot: bool = False
 
     @property
     def key(self) -> str:
-        return f"contract {self.dtype} {self.bits}"
+        return f"contract {self.dtype} {self.bits}{' dot' * self.dot}"
 
     @property
     def memory(self) -> DType:
@@ -175,7 +180,7 @@ class Core:
     @property
     def is_wide(self) -> bool:
         """Whether there are thin blocks: of elements that fill vectors soon."""
-        return self.size >= 4
+        return self.size >= 4 and not self.dot
 
     @property
     def masks(self) -> bool:
@@ -197,7 +202,14 @@ class Core:
         micros = [emit_micro(self, rows, n) for rows in (self.rows, SMALL) for n in (2, 1)]
         turns = [emit_transpose(self, side) for side in self.sides]
         spreads = [emit_spread(self, name) for name in self.packing]
-        packers = [emit_copy(self), *spreads, *turns, emit_gather(self), emit_pack(self)]
+        packers = [
+            emit_pair(self),
+            emit_copy(self),
+            *spreads,
+            *turns,
+            emit_gather(self),
+            emit_pack(self),
+        ]
         thin = [
             emit(self, rows) for emit in (emit_dots, emit_sweep) for rows in FEW if self.is_wide
         ]
@@ -208,6 +220,13 @@ class Core:
 
     def multiply_add(self, f: Function, x: str, y: str, total: str) -> str:
         """total + x * y, rounded once; integers wrap around, bools are or-ed."""
+        if self.dot:
+            pair, total_type = f"<{2 * self.lanes} x bfloat>", f"<{self.lanes} x float>"
+            kind = f"<{self.lanes} x i32>"
+            pairs = ", ".join(
+                f"{pair} {f.let(f'bitcast {kind} {each} to {pair}')}" for each in (x, y)
+            )
+            return f.let(f"call {total_type} @{DOT}({total_type} {total}, {pairs})")
         if self.value.kind == "f":
             return f.arithmetic("fma", self.value, self.lanes, [x, y, total])
         op = "and" if self.dtype == bool_ else "mul"
@@ -238,17 +257,18 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
     fetched into the cache by the way: two lines a term, `stride` bytes on, after 32 by `turn` more.
     """
     value, lanes, size = core.value, core.lanes, core.size
+    term = uint32 if core.dot else value
     f = Function(f"micro{rows}.{vectors}", MICRO)
     mask = core.mask(f, "%lanes") if core.masks else None
 
     def turn(values: list[str]) -> list[str]:
         left, a, b, ahead, *sums = values
         places = [f.byte(b, v * core.bits // 8) for v in range(vectors)]
-        columns = [f.load(each, value, lanes) for each in places[:-1]]
-        columns.append(f.load(places[-1], value, lanes, mask))
+        columns = [f.load(each, term, lanes) for each in places[:-1]]
+        columns.append(f.load(places[-1], term, lanes, mask))
         rest, following = iter(sums), []
         for r in range(rows):
-            x = f.splat(f.load(f.byte(a, r * size), value, 0), value, lanes)
+            x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
             following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
         for line in (0, 64):
             f.prefetch(f.byte(ahead, line))
@@ -393,6 +413,29 @@ def emit_sweep(core: Core, rows: int) -> str:
 
 SPREAD = "(ptr %to, ptr %from, i64 %outer, i64 %rows, i64 %length)"
 PACK = "(ptr %to, i64 %pitch, ptr %from, i64 %outer, i64 %inner, i64 %rows, i64 %length)"
+
+
+PAIR = "(ptr %to, i64 %pitch, i64 %count)"
+
+
+def emit_pair(core: Core) -> str:
+    """Of packed float32: rows 2 i and 2 i + 1, rounded to bfloat16, in the halves of row i; where
+    there is no row 2 i + 1, zeros."""
+    f, lanes = Function("pair", PAIR), core.bits // 32
+    last = f.whole("sub", "%count", 1)
+    with f.span("%count", 2) as i:
+        source, target = f.byte("%to", i, "%pitch"), f.byte("%to", f.whole("lshr", i, 1), "%pitch")
+        more = f.choose(f.test("slt", i, last), -1, 0, "i32")
+        with f.span("%pitch", core.bits // 8) as j:
+            place, halves = f.byte(source, j), []
+            for each in (place, f.byte(place, "%pitch")):
+                x = f.narrow(f.load(each, float32, lanes), bfloat16, lanes)
+                halves.append(f.convert("zext", x, "i16", "i32", lanes))
+            high = f.arithmetic("shl", uint32, lanes, [halves[1], constant(16, uint32, lanes)])
+            high = f.arithmetic("and", uint32, lanes, [high, f.splat(more, uint32, lanes)])
+            x = f.arithmetic("or", uint32, lanes, [halves[0], high])
+            f.store(x, f.byte(target, j), uint32, lanes)
+    return f.text
 
 
 def emit_copy(core: Core) -> str:
@@ -583,7 +626,9 @@ class Block:
         with f.span(f.let(f"call i64 @llvm.smax.i64(i64 {depth}, i64 1)"), SEGMENT) as k:
             left = f.whole("sub", depth, k)
             self.count, self.final = f.least_of(left, SEGMENT), f.test("sle", left, SEGMENT)
-            self.more = f.test("sgt", k, 0)
+            self.terms, self.more = self.count, f.test("sgt", k, 0)
+            if core.dot:
+                self.terms = f.whole("lshr", f.whole("add", self.count, 1), 1)
             b = f.byte(self.b, k, self.b_inner)
             if core.is_wide:
                 with f.under(self.thin):
@@ -634,6 +679,10 @@ class Block:
             place = f.byte(to, f.whole("udiv", j, columns), panel)
             steps = (inner, outer, self.count, width)
             f.run("@pack", PACK, place, pitch * self.size, f.byte(source, j, outer), *steps)
+        if core.dot:
+            with f.span(length, columns) as j:
+                place = f.byte(to, f.whole("udiv", j, columns), panel)
+                f.run("@pair", PAIR, place, pitch * self.size, self.count)
 
     def panel(self, j: str) -> str:
         """Where the panel that begins at column j is packed."""
@@ -666,7 +715,7 @@ class Block:
                 micro = f.choose(double, f"@micro{height}.2", f"@micro{height}.1", "ptr")
                 with f.under(fits), f.span(rows, height) as r:
                     left, to = f.byte(strip, r, self.size), f.byte(target, r, PITCH)
-                    tile = (self.count, left, source, step, lanes, to, self.more)
+                    tile = (self.terms, left, source, step, lanes, to, self.more)
                     f.run(micro, MICRO, *tile, *ahead)
         with f.under(self.final):
             self.finish(i, rows, sums)
@@ -761,7 +810,7 @@ def tiling(c: Contraction, core: Core) -> Tiling:
     # What lies in far places is copied together where it is read again and again
     height, far = min(tall * most, m), abs(b.inner) * size
     pack_b = b.outer != 1 or height >= 256 or (height >= 64 and far >= 4096)
-    low = core.dtype in LOW_PRECISION
+    low = core.dtype in LOW_PRECISION or core.dot
     return Tiling(ceil(m / tall), ceil(n / max(wide, 1)), tall, wide, most, low or pack_b, False)
 
 
@@ -781,9 +830,16 @@ def thin_tiling(c: Contraction, m: int, n: int, a: Operand, b: Operand) -> Tilin
     return Tiling(ceil(n / wide), 1, wide, n, most, False, True)
 
 
+def core_of(c: Contraction, bits: int) -> Core:
+    """The core of a contraction; few rows or columns wait for memory, not for arithmetic."""
+    dtype = c.a.buffer.dtype
+    has_dot = bits == 512 and "+avx512bf16" in host().features.split(",")
+    return Core(dtype, bits, c.dot and has_dot and min(c.m, c.n) > max(FEW))
+
+
 def structure(c: Contraction, bits: int | None = None) -> Structure:
     """What to compile and pass: see emit.py. The core is among the buffers, as a function."""
-    core = Core(c.a.buffer.dtype, bits or vector_bits())
+    core = core_of(c, bits or vector_bits())
     cut = tiling(c, core)
     units = prod(c.batch) * cut.down * cut.across
     cost = 10 + 2 * prod(c.batch) * c.m * c.n * c.k / (SPEED * max(units, 1))
@@ -811,7 +867,7 @@ def walk(c: Contraction, core: Core, cut: Tiling) -> Slots:
 
 def emit(c: Contraction, bits: int, name: str) -> str:
     """The module of a contraction's kernel: the walk over its units, and its epilogue."""
-    core = Core(c.a.buffer.dtype, bits)
+    core = core_of(c, bits)
     slots = walk(c, core, tiling(c, core))
     f = Function(name, "(ptr %args, i64 %begin, i64 %end, ptr %scratch)", "")
     operands = [slots.buffer(x.buffer) for x in roles(c)[2:]]

@@ -348,7 +348,8 @@ class Contraction:
     chain of fma from zero, added in order. Then the epilogue's stores, whose `acc` is the element:
     a Nest of outer axes (*batch, m) and the inner axis n, without reductions.
 
-    float16 and bfloat16 operands are widened to float32, in which `acc` comes.
+    float16 and bfloat16 operands are widened to float32, in which `acc` comes. dot: operands are
+    rounded to bfloat16, and the processor's dot product may add two terms at once.
     """
 
     batch: tuple[int, ...]
@@ -359,6 +360,7 @@ class Contraction:
     b: Operand
     epilogue: Nest
     ops: tuple[Any, ...] = ()
+    dot: bool = False
 
     @property
     def dtype(self) -> DType:

@@ -17,7 +17,7 @@ import numpy as np
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import Hooks, Tensor
+from needle.autograd import MODE, Hooks, Tensor
 from needle.capture.gradient import Adjoint
 from needle.capture.holders import Snapshot, entries
 from needle.capture.structure import Call, walk
@@ -59,8 +59,9 @@ class Replay:
     """One call of a variant, to be run again: at once, or when its gradient is computed."""
 
     def __init__(self, function: Any, draw_from: Any, variant: Variant, call: Call) -> None:
-        self.function, self.draw_from, self.variant = function, draw_from, variant
+        self.function, self.variant = function, variant
         self.args, self.kwargs = call.given
+        self.settings = {"draw_from": draw_from, "autocast": MODE.autocast, "lazy": False}
         self.inputs = [call.tensors[number] for number in variant.arguments]
         self.inputs += variant.captured() or []
         self.arrays = list(map(DATA, self.inputs))
@@ -84,7 +85,7 @@ class Replay:
     def compute(self) -> list[Tensor]:
         """The Tensors that the function returns, computed op by op."""
         self.rewind()
-        with autograd.mode(draw_from=self.draw_from, lazy=False, backward_of=None):
+        with autograd.mode(**self.settings, backward_of=None):
             found = [x for _, x in walk(self.function(*self.args, **self.kwargs), "")]
             tensors = [x for x in found if isinstance(x, Tensor)]
             for x in tensors:

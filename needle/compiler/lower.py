@@ -72,10 +72,7 @@ def power_scalar(op: Any, x: Expr) -> Expr:
 
 
 def power(op: Any, a: Expr, b: Expr) -> Expr:
-    if a.dtype not in FLOATS:
-        return math.integer_power(a, b)
-    y = math.pow(a, b)
-    return product_unless(y.equals(y) | a.differs(a) | b.differs(b), y, 0, np.inf)
+    return math.pow(a, b) if a.dtype in FLOATS else math.integer_power(a, b)
 
 
 def sign(op: Any, x: Expr) -> Expr:
@@ -86,7 +83,7 @@ def sign(op: Any, x: Expr) -> Expr:
 
 
 def relu(op: Any, x: Expr) -> Expr:
-    return maximum(x, 0) + 0 if x.dtype in FLOATS else maximum(x, 0)
+    return math.at_least(x, 0) + 0 if x.dtype in FLOATS else maximum(x, 0)
 
 
 def rounding(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
@@ -121,8 +118,9 @@ def integer_divide(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 def float_remainder(a: Expr, b: Expr) -> Expr:
     """a - floor(a / b) * b, exact, with b's sign."""
-    rest = binary("frem", a, b)
-    return select(rest.differs(0), select((b < 0) ^ (rest < 0), rest + b, rest), copysign(rest, b))
+    rest = math.fmod(a, b)
+    moved = rest + select((b < 0) ^ (rest < 0), b, literal(0, a.dtype))
+    return select(rest.differs(0), moved, copysign(rest, b))
 
 
 def copysign(x: Expr, y: Expr) -> Expr:
@@ -138,7 +136,7 @@ def remainder(op: Any, a: Expr, b: Expr) -> Expr:
 def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
     if a.dtype not in FLOATS:
         return integer_divide(a, b)[0]
-    rest = binary("frem", a, b)
+    rest = math.fmod(a, b)
     quotient = (a - rest) / b
     lower = rest.differs(0) & ((b < 0) ^ (rest < 0))
     quotient = select(lower, quotient - 1, quotient)
@@ -149,8 +147,14 @@ def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
 
 
 def clip(op: Any, x: Expr) -> Expr:
-    x = x if op.low is None else maximum(x, param(op.low, x.dtype))
-    return x if op.high is None else minimum(x, param(op.high, x.dtype))
+    x = x if op.low is None else bounded(x, op.low, maximum, math.at_least)
+    return x if op.high is None else bounded(x, op.high, minimum, math.at_most)
+
+
+def bounded(x: Expr, bound: Any, function: Callable[..., Expr], quick: Callable[..., Expr]) -> Expr:
+    """By the quick one where the bound is neither 0, whose sign would count, nor NaN."""
+    plain = x.dtype in FLOATS and bound == bound and bound != 0
+    return (quick if plain else function)(x, param(bound, x.dtype))
 
 
 def compare(name: str) -> Callable[..., Expr]:
@@ -178,33 +182,6 @@ def unary_math(name: str) -> Callable[..., Expr]:
     return lambda op, x: function(x)
 
 
-# What math.py's functions select, and no arithmetic makes, would raise no floating-point exception
-# (runtime.py, `made`): it is made by arithmetic here
-
-
-def product_unless(good: Expr, y: Expr, a: Any, b: Any) -> Expr:
-    """y where that is good, else a * b. Elsewhere 2 * 2 is computed: LLVM moves what is multiplied
-    by a chosen 1 into the choice."""
-    two = literal(2, y.dtype)
-    return select(good, y, select(good, two, a) * select(good, two, b))
-
-
-def logarithm(name: str, pole: float) -> Callable[..., Expr]:
-    """-inf by an overflow at the pole, NaN by an invalid operation below it."""
-
-    def lowered(op: Any, x: Expr) -> Expr:
-        huge, at = literal(np.finfo(x.dtype).max, x.dtype), x.equals(pole)
-        factors = select(at, literal(-np.finfo(x.dtype).max, x.dtype), 0), select(at, huge, np.inf)
-        return product_unless(x > pole, math.MATH[name](x), *factors)
-
-    return lowered
-
-
-def trigonometric(name: str) -> Callable[..., Expr]:
-    """NaN by an invalid operation where x is infinite."""
-    return lambda op, x: math.MATH[name](x) - (x - x)
-
-
 ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.EWiseAdd: add,
     Subtract: lambda op, a, b: a - b,
@@ -220,12 +197,12 @@ ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.Sign: sign,
     ops.Exp: unary_math("exp"),
     ops.Expm1: unary_math("expm1"),
-    ops.Log: logarithm("log", 0),
-    ops.Log1p: logarithm("log1p", -1),
+    ops.Log: unary_math("log"),
+    ops.Log1p: unary_math("log1p"),
     ops.Sqrt: lambda op, x: sqrt(x),
-    ops.Rsqrt: lambda op, x: 1 / sqrt(x),
-    ops.Sin: trigonometric("sin"),
-    ops.Cos: trigonometric("cos"),
+    ops.Rsqrt: unary_math("rsqrt"),
+    ops.Sin: unary_math("sin"),
+    ops.Cos: unary_math("cos"),
     ops.Tanh: unary_math("tanh"),
     ops.Erf: unary_math("erf"),
     ops.ReLU: relu,

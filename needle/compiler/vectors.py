@@ -208,6 +208,11 @@ class Writer:
     def lane(self, x: str, dtype: DType, lanes: int, place: str = "i64 0") -> str:
         return self.let(f"extractelement {typed(dtype, lanes)} {x}, {place}")
 
+    def any_lane(self, mask: str, lanes: int) -> tuple[str, str]:
+        """(whether a mask is true somewhere, its bits as an integer)"""
+        bits = self.convert("bitcast", mask, f"<{lanes} x i1>", f"i{lanes}", 0)
+        return self.let(f"icmp ne i{lanes} {bits}, 0"), bits
+
     def half(self, x: str, dtype: DType, lanes: int, start: int) -> str:
         """Half of a vector, from a lane on."""
         kind, places = (

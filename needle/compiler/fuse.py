@@ -274,7 +274,7 @@ class Fuser:
         """Place a node in a group if all that it reads of the group is at the group's
         coordinates."""
         walk = Walk(self, group)
-        if group.kind == "contraction" and not is_plain(index):
+        if group.kind == "contraction" and not is_plain(index, len(group.shape) - 1):
             return False
         fits = all(walk.enter(x, i) for x, i in sources(node, index, group.shape))
         if fits and walk.run() and self.comes_after(group, walk.reads):
@@ -471,9 +471,11 @@ def reduced_axes(node: Node) -> tuple[int, ...]:
     return as_axes(node.name, op.axes if hasattr(op, "axes") else op.axis, ndim)
 
 
-def is_plain(index: Indices) -> bool:
-    """Whether an index has strides: no quotients, as of an axis that a reshape cuts."""
-    return all(isinstance(atom, int) for each in index for atom in each.terms)
+def is_plain(index: Indices, axis: int) -> bool:
+    """Whether an index has a stride along an axis, which no reshape cuts."""
+    return all(
+        isinstance(atom, int) or axis not in atom.axes for each in index for atom in each.terms
+    )
 
 
 INLINED = frozenset({*MOVEMENT, ops.RandomUniform})

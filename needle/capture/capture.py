@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -222,15 +222,22 @@ class Capture:
         changing = {(id(slot.container), slot.key) for slot in slots}
         for holder in self.snapshot.relevant(called, touched, slots).values():
             watch.holder(holder, self.snapshot, changing)
-        function = getattr(self.function, "__func__", self.function)
-        for name, x in named_values(function).items():
-            if isinstance(x, (Value, Module, Optimizer)):
-                watch.item(function.__globals__, name, x, name)
-        for cell in getattr(function, "__closure__", None) or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # nothing yet
-                continue
-            if is_structure(content):
-                variant.cells.append(cell)
-                variant.contents.append(content)
+        for function in wrapped(self.function):
+            for name, x in named_values(function).items():
+                if isinstance(x, (Value, Module, Optimizer)):
+                    watch.item(function.__globals__, name, x, name)
+            for cell in getattr(function, "__closure__", None) or ():
+                try:
+                    content = cell.cell_contents
+                except ValueError:  # nothing yet
+                    continue
+                if is_structure(content):
+                    variant.cells.append(cell)
+                    variant.contents.append(content)
+
+
+def wrapped(function: Any) -> Iterator[Any]:
+    """A function, and those that it wraps: what grad and checkpoint were given."""
+    while function is not None:
+        yield getattr(function, "__func__", function)
+        function = getattr(function, "__wrapped__", None)

@@ -3,9 +3,10 @@
     import needle as ndl
 
 Rooms, in reading order: autograd.py, ops/, array/, backend/ (the core); compiler/, capture/, jit.py
-(programs); init/, nn/, optim/, data/ (the library); train/, cli/ (what a user starts); debug.py and
-memory.py (what to ask when something is wrong). `backend_ndarray`, `backend_numpy` and
-`backend_selection` are the course's import paths.
+(programs); init/, nn/, optim/, data/ (the library); transform.py, recompute.py (gradients as
+functions, and with less memory); train/, cli/ (what a user starts); debug.py and memory.py (what to
+ask when something is wrong). `backend_ndarray`, `backend_numpy` and `backend_selection` are the
+course's import paths.
 """
 
 # fmt: off

@@ -17,7 +17,7 @@ from needle.backend.numpy import NumpyDevice
 from needle import autograd, backend_ndarray, backend_selection, init, memory, ops
 from needle.array.ndarray import NDArray
 from needle.autograd import (
-    Op, Tensor, TensorOp, TensorTuple, TensorTupleOp, enable_grad, lazy, no_grad,
+    Op, Tensor, TensorOp, TensorTuple, TensorTupleOp, autocast, enable_grad, lazy, no_grad,
 )
 from needle.dtype import (
     bfloat16, bool_ as bool, float16, float32, float64, int8, int16, int32, int64, uint8,

@@ -22,7 +22,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from math import copysign, nan
 from types import SimpleNamespace
-from typing import Any, NoReturn, TypeVar, dataclass_transform
+from typing import Any, NoReturn, Self, TypeVar, dataclass_transform
 from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
@@ -30,7 +30,7 @@ import numpy as np
 from needle.array.ndarray import NDArray
 from needle.array.spec import Spec
 from needle.backend.device import Device, default_device
-from needle.dtype import FLOATS, DType, as_dtype
+from needle.dtype import FLOATS, LOW_PRECISION, DType, as_dtype, bfloat16
 from needle.errors import TraceError, expect
 
 TENSOR_COUNTER = 0  # the number of live values
@@ -51,6 +51,8 @@ class Mode(threading.local):
     tracing = False  # whether they only describe a program, which nobody watches
     backward_of: Value | None = None  # the node whose gradient rule is running
     trace: Any = None  # what notes all that a jitted function does, while it is traced
+    autocast: DType | None = None  # of `ndl.autocast`: what contractions run in
+    is_general = False  # lazy or autocast, so that `replay` leaves nodes to make_general
     record: Any = None  # what notes the ops of a checkpointed function, while it runs
 
 
@@ -58,7 +60,17 @@ MODE = Mode()
 
 
 RETAINED: WeakSet[Value] = WeakSet()  # results of ops whose `.grad` is wanted
-HOLDERS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # Modules, Optimizers, by their id
+HOLDERS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # all Holders, by their id
+
+
+class Holder:
+    """What has Tensors as attributes, which a jitted function may read and replace: a Module, an
+    Optimizer, a GradScaler."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        holder = object.__new__(cls)
+        HOLDERS[id(holder)] = holder
+        return holder
 
 
 class Hooks:
@@ -80,11 +92,16 @@ def is_lazy() -> bool:
 def mode(**settings: Any) -> Iterator[None]:
     """Within the block this thread's Mode has other settings."""
     before = {name: getattr(MODE, name) for name in settings}
-    MODE.__dict__.update(settings)
+    change_mode(settings)
     try:
         yield
     finally:
-        MODE.__dict__.update(before)
+        change_mode(before)
+
+
+def change_mode(settings: dict[str, Any]) -> None:
+    MODE.__dict__.update(settings)
+    MODE.is_general = MODE.lazy or MODE.autocast is not None
 
 
 def no_grad() -> AbstractContextManager[None]:
@@ -100,6 +117,21 @@ def enable_grad() -> AbstractContextManager[None]:
 def lazy() -> AbstractContextManager[None]:
     """Within the block ops are computed when their value is asked for, not when they are called."""
     return mode(lazy=True)
+
+
+def autocast(dtype: Any = bfloat16, enabled: bool = True) -> Any:
+    """Within the block contractions run in bfloat16 or float16, and what needs range or adds up in
+    float32; also a decorator.
+
+    Operands of floats are cast op by op, by the lists of needle/ops/precision.py; float64 is left
+    alone. Parameters stay as they are, and so do their gradients. Backward runs in the dtypes that
+    forward used, whether inside the block or not. enabled: False turns an outer block off.
+    TypeError for another dtype. (Micikevicius et al., 2018.)
+    """
+    found = as_dtype(dtype)
+    received = f"autocast: expected bfloat16 or float16; received {found}"
+    expect(found in LOW_PRECISION, received, TypeError)
+    return mode(autocast=found if enabled else None)
 
 
 # Ops
@@ -417,9 +449,10 @@ def plan_for(op: Op, arrays: Sequence[NDArray], spec: Any = None) -> Plan:
 
 def replay(op: Op, inputs: Sequence[Any]) -> Any:
     """The node of an op whose plan for such inputs is there; None where it is not, or where the
-    node must wait. The path of nearly every op in eager mode: written for speed."""
-    if LAZY_MODE or MODE.lazy:
-        return None
+    node must wait, or autocast. The path of nearly every op in eager mode: written for speed."""
+    if LAZY_MODE or MODE.is_general:
+        if LAZY_MODE or MODE.lazy or type(op) in OPS.casts:
+            return None
     try:
         if len(inputs) == 1:
             x = inputs[0]
@@ -839,6 +872,8 @@ def as_values(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 def make_general(kind: Any, op: Op, inputs: tuple[Any, ...], spec: Any = None) -> Any:
     """The node of an op on whatever values: lazy ones, tuples; the first with such operands."""
+    if MODE.autocast is not None:
+        inputs = OPS.cast_operands(op, inputs)
     if is_lazy():
         return kind.make_pending(op, inputs, infer_pending(op, inputs) if spec is None else spec)
     arrays = flattened([x.realize_cached_data() for x in inputs])
@@ -892,8 +927,13 @@ def compute_gradient_of_variables(output_tensor: Value, out_grad: Value) -> None
     """Reverse mode: set `.grad` of every value below output_tensor that requires a gradient.
 
     Nodes are visited in reverse topological order; each node's adjoint is the sum of what its
-    consumers passed down. Where a gradient rule raises, no `.grad` has changed.
+    consumers passed down. Where a gradient rule raises, no `.grad` has changed. Gradient rules run
+    in the dtypes of their nodes, without autocast.
     """
+    if MODE.autocast is not None:
+        with mode(autocast=None):
+            compute_gradient_of_variables(output_tensor, out_grad)
+        return
     order: list[Any] = []
     visit(output_tensor, set(), order, inputs_with_gradient)
     found: list[tuple[Value, Any]] = []
@@ -925,7 +965,8 @@ def parts_below(
         if node in ends or not nodes.isdisjoint(node.inputs):
             nodes.add(node)
     order = [node for node in order if node in nodes]
-    return {x: parts for x, parts in reverse(order, seeds, ends) if x in ends and parts}
+    with mode(autocast=None):
+        return {x: parts for x, parts in reverse(order, seeds, ends) if x in ends and parts}
 
 
 def reverse(

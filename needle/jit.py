@@ -5,8 +5,8 @@
 The function, a whole training step if you like, runs once on placeholders in lazy mode; what it
 returns and writes becomes a program, replayed at each call. Arguments, captured tensors and
 mutations are found by tracing. Each signature (structure, shapes, dtypes, devices, static values,
-`training` of Modules, gradient mode) is a *variant* with a program of its own. How it is done
-stands in capture/.
+`training` of Modules, gradient mode, autocast) is a *variant* with a program of its own. How it is
+done stands in capture/.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from needle.capture.variant import Variant
 from needle.compiler.explain import explain
 from needle.compiler.reference import ReferenceProgram
 from needle.init.random import Generator, Source
+from needle.ops.contract import Precision, get_matmul_precision
 
 MOST_VARIANTS = 64  # of one function; the one unused for longest goes
 PATIENCE = 8  # variants made by the same argument, after which a warning names it
@@ -76,7 +77,7 @@ class JittedFunction:
             return self.function(*args, **kwargs)
         if kwargs:
             args, kwargs = self.in_order(args, kwargs)
-        call = Call(MODE.grad)
+        call = Call(MODE.grad, MODE.autocast, Precision.dot)
         try:
             for name, x in zip(self.parameters, args, strict=False):
                 if name in self.static:
@@ -161,6 +162,8 @@ class JittedFunction:
         """Trace the function for a call."""
         words = {path: in_words(x) for path, x in self.leaves(args, kwargs)}
         words["gradient mode"] = "on" if MODE.grad else "off"
+        words["autocast"] = str(MODE.autocast or "off")
+        words["matmul precision"] = get_matmul_precision()
         cause, reason = self.reason(key, call, words)
         pins: dict[int, Tensor] = {}
         while True:

@@ -36,9 +36,10 @@ def clean_state() -> Iterator[None]:
     DETECTOR.forget()  # what other tests left is not this one's growth
     yield
     Source.generator = None
-    switches = autograd.LAZY_MODE, MODE.lazy, MODE.tracing, MODE.grad
-    autograd.LAZY_MODE, MODE.lazy, MODE.tracing, MODE.grad = False, False, False, True
-    assert switches == (False, False, False, True), "the test left a mode switched on"
+    switches = autograd.LAZY_MODE, MODE.lazy, MODE.tracing, MODE.grad, MODE.autocast
+    autograd.LAZY_MODE = False
+    autograd.change_mode({"lazy": False, "tracing": False, "grad": True, "autocast": None})
+    assert switches == (False, False, False, True, None), "the test left a mode switched on"
 
 
 @pytest.fixture

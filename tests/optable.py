@@ -1539,6 +1539,37 @@ UPDATES = [
         (MATRIX, ROW),
         **{**NO_GRADIENT, "roundings": 8, "length": 16},
     ),
+    Row(
+        "Unscaled",
+        update.Unscaled(),
+        lambda scale, *grads: (np.array(False), *(g / scale for g in grads)),
+        (Input(values=np.array(48.0), fixed=True), MATRIX, ROW),
+        **{**NO_GRADIENT, "roundings": 2},
+    ),
+    Row(
+        "ScaleUpdate",
+        update.ScaleUpdate(2.0, 0.25, 3.0),
+        lambda scale, steps, found: (2 * scale, np.float64(0)),
+        tuple(Input(values=np.array(x), fixed=True) for x in (8.0, 2.0, False)),
+        case="grows",
+        **NO_GRADIENT,
+    ),
+    Row(
+        "ScaleUpdate",
+        update.ScaleUpdate(2.0, 0.25, 3.0),
+        lambda scale, steps, found: (0.25 * scale, np.float64(0)),
+        tuple(Input(values=np.array(x), fixed=True) for x in (8.0, 2.0, True)),
+        case="shrinks",
+        **NO_GRADIENT,
+    ),
+    Row(
+        "ScaleUpdate",
+        update.ScaleUpdate(2.0, 0.25, 3.0),
+        lambda scale, steps, found: (scale, steps + 1),
+        tuple(Input(values=np.array(x), fixed=True) for x in (8.0, 1.0, False)),
+        case="stands",
+        **NO_GRADIENT,
+    ),
 ]
 
 

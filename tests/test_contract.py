@@ -210,6 +210,15 @@ def test_vectors(orders: tuple[str, str]) -> None:
         check(*matmul(np.dtype(float32), sizes, orders=orders))
 
 
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "int32"])
+def test_thin_blocks(name: str) -> None:
+    """Few rows, or few columns, which are computed as rows."""
+    for sizes, orders in product([(1, 4500, 9), (3, 1100, 20), (7, 530, 300)], ORDERS):
+        m, n, k = sizes
+        check(*matmul(dtype_of(name), (m, n, k), orders=orders))
+        check(*matmul(dtype_of(name), (n, m, k), orders=orders))
+
+
 def test_segment_sums_are_added_in_order() -> None:
     c, memory = matmul(np.dtype(float32), (1, 1, 768))
     a, b, out = memory.values()
@@ -294,8 +303,8 @@ def test_units_in_any_order(sizes: tuple[int, int, int]) -> None:
 
 def test_packing_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     c, memory = matmul(np.dtype(float32), (45, 75, 300), orders=("km", "kn"))
-    for tall, wide, pack_a, pack_b in product((8, 45), (32, 96), (False, True), (False, True)):
-        cut = contract.Tiling(-(-45 // tall), -(-75 // wide), tall, wide, pack_a, pack_b)
+    for tall, wide, most, pack_b in product((8, 45), (32, 96), (1, 2, 6), (False, True)):
+        cut = contract.Tiling(-(-45 // tall), -(-75 // wide), tall, wide, most, pack_b, False)
         monkeypatch.setattr(contract, "tiling", lambda c, core, cut=cut: cut)
         check(c, memory)
 

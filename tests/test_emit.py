@@ -30,6 +30,7 @@ from needle.compiler.loops import (
     maximum,
     minimum,
     param,
+    rare,
     select,
     sqrt,
     unary,
@@ -531,6 +532,57 @@ def test_reductions_of_what_does_not_vary():
         same(found[1], np.full(5, 49 * 25))
 
 
+def steep(x):
+    """Rare cases, one inside the other, and their shared work."""
+    work = heavy(x)
+    return rare(x > 1, rare(x > 2, x * x - work, x * work), work + x)
+
+
+def steep_array(x):
+    work = heavy_array(x)
+    return np.where(x > 1, np.where(x > 2, x * x - work, x * work), work + x)
+
+
+@pytest.mark.parametrize("reach", [0.5, 3, 1.02])
+@pytest.mark.parametrize("order", [ROWS, COLUMNS])
+def test_rare_cases(order, reach):
+    """Computed for elements, for rows, for a parameter; kept for a second loop or not."""
+    rng, memory, shape = np.random.default_rng(3), Memory(), (2, 37, 75)
+    x = rng.integers(-64, int(64 * reach), shape).astype(np.float32) / 64
+    y = rng.integers(-64, int(64 * reach), shape[:-1]).astype(np.float32)[..., None] / 64
+    a, b, c = memory.read(x), memory.read(np.broadcast_to(y, shape)), param(1.25, float32)
+    first, row, number = steep(a), steep(b), steep(c)
+    total = reduce("max", first)
+    values = [first - total, row * a, number + a, steep(total) + 1, steep(a - total)]
+    found = run(shape, order, memory, *((memory.write(shape, float32), each) for each in values))
+    one = steep_array(x)
+    top = one.max(-1, keepdims=True)
+    expected = [one - top, steep_array(y) * x, steep_array(np.float32(1.25)) + x,
+                steep_array(top) + 1 + 0 * x, steep_array(x - top)]  # fmt: skip
+    for each, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(each, want.ravel(), 1e-5, 1e-5)
+    plain = [strict(each) for each in values]
+    again = run(shape, order, memory, *((memory.write(shape, float32), each) for each in plain))
+    for each, other in zip(found, again, strict=True):
+        same(each, other)
+
+
+def strict(x):
+    """The expression with selects for rare cases."""
+    args = tuple(map(strict, x.args))
+    return expr("select" if x.op == "rare" else x.op, args, x.dtype, x.attr)
+
+
+def test_a_rare_case_stands_behind_a_branch():
+    memory, x = Memory(), np.ones(64, np.float32)
+    a = memory.read(x)
+    store = Store(memory.write((64,), float32)[1], rare(a > 2, sqrt(a), a + 1))
+    text = emit(Nest((), 64, ROWS, (store,)))
+    before, after = text.split("sqrt", 1)
+    assert re.search(r"then\d+:\n[^:]*$", before), "the square root is not behind the branch"
+    assert re.search(r"= phi <16 x float> \[", after)
+
+
 def test_scan():
     rng = np.random.default_rng(16)
     for shape in ((3, 5, 40), (2, 300, 70), (1, 0, 9), (1, 1, 1)):
@@ -705,7 +757,7 @@ def random_value(rng, memory, shape, depth):
         return memory.read(np.broadcast_to(x, shape)), x
     a, x = random_value(rng, memory, shape, depth - 1)
     b, y = random_value(rng, memory, shape, depth - 1)
-    match rng.integers(7):
+    match rng.integers(8):
         case 0:
             return a + b, x + y
         case 1:
@@ -717,6 +769,8 @@ def random_value(rng, memory, shape, depth):
         case 4:
             return cast(cast(a, float16), float32) - b, x.astype(np.float16).astype(np.float32) - y
         case 5:
+            return rare(a < b, (a - b) * a, b + a), np.where(x < y, (x - y) * x, y + x)
+        case 6:
             total = reduced("sum", np.broadcast_to(x, shape), memory.order)
             return reduce("sum", a) * b, total[..., None] * y
         case _:
@@ -724,7 +778,7 @@ def random_value(rng, memory, shape, depth):
             return a - reduce("max", a), x - top
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_nests(seed):
     rng, memory = np.random.default_rng(seed), Memory()
     memory.order = ROWS if seed % 2 else COLUMNS

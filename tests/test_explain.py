@@ -153,7 +153,7 @@ def test_host_calls_are_listed(step: Any) -> None:
 
 def test_levels(step: Any) -> None:
     graph = step.explain("graph")
-    assert "MatMul()" in graph
+    assert "MatMul(dot=False)" in graph
     assert "return %" in graph
     loops = step.explain("loops")
     assert "contraction [8 8 16] float32" in loops

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from fractions import Fraction
+from functools import cache
+from itertools import count as count_up
 
 import numpy as np
 import pytest
@@ -12,15 +14,18 @@ import pytest
 from needle.compiler import engine
 from needle.compiler.emit import emit, structure
 from needle.compiler.interpret import run
-from needle.compiler.loops import Access, Buffer, Nest, Store, load
-from needle.compiler.math import MATH, TWO_OVER_PI, integer_power
+from needle.compiler.loops import Access, Buffer, Nest, Store, cast, load, sqrt
+from needle.compiler.lower import float_remainder
+from needle.compiler.math import MATH, TWO_OVER_PI, fmod, integer_power
+from needle.compiler.target import host
 from needle.dtype import float32, float64, int8, int32, int64, uint8
 from needle.ops.elementwise import integer_power as numpy_power
 
-UNARY = ("exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "erf")
+UNARY = ("exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "erf", "rsqrt")
 RANGES = {  # where a function is neither trivial nor constant
     "exp": (-104, 89), "expm1": (-17, 89), "log": (0.3, 3), "log1p": (-0.99, 2), "tanh": (-9, 9),
-    "sin": (-100, 100), "cos": (-100, 100), "erf": (-4, 4),
+    "sin": (-100, 100), "cos": (-100, 100), "erf": (-4, 4), "sqrt": (-1, 10), "rsqrt": (-1, 10),
+    "cast": (-1e10, 1e10),
 }  # fmt: skip
 EDGES = [
     0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 3.0, -3.0, 1.5, 2.5, 1e-5, 1e-30, -1e-30, 1e30,
@@ -97,13 +102,31 @@ def double_erf(x):
     return np.array([math.erf(each) for each in x.tolist()])
 
 
+def exact_of(name, x):
+    """By NumPy, in the wider dtype of x."""
+    if name == "rsqrt":
+        return 1 / np.sqrt(x)
+    return double_erf(x) if name == "erf" else getattr(np, name)(x)
+
+
 @pytest.mark.parametrize("name", UNARY)
 def test_float32_is_within_2_ulp(name):
     x = samples(name, float32)
     with np.errstate(all="ignore"):
         wide = x.astype(np.longdouble if name in ("sin", "cos") else float64)
-        exact = double_erf(wide) if name == "erf" else getattr(np, name)(wide)
+        exact = exact_of(name, wide)
     worst(interpreted(MATH[name], x), exact, 2, x)
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_every_4099th_float32_in_machine_code(name):
+    """benchmarks/math_error.py takes every one."""
+    x = np.arange(0, 1 << 32, 4099, np.int64).astype(np.uint32).view(float32)
+    found = compiled(MATH[name], host().vector_bits, x)
+    with np.errstate(all="ignore"):
+        worst(found, exact_of(name, x.astype(float64)), 2, x)
+    if name in ("tanh", "sin", "cos", "erf"):
+        assert np.nanmax(np.abs(found)) <= 1
 
 
 @precise
@@ -111,7 +134,7 @@ def test_float32_is_within_2_ulp(name):
 def test_float64_is_within_2_ulp(name):
     x = samples(name, float64, 1 << 14)
     with np.errstate(all="ignore"):
-        exact = getattr(np, name)(x.astype(np.longdouble))
+        exact = exact_of(name, x.astype(np.longdouble))
     worst(interpreted(MATH[name], x), exact, 2, x)
 
 
@@ -289,6 +312,19 @@ def test_integer_power_wraps_around(dtype):
     assert np.array_equal(found, numpy_power(a, b))
 
 
+def test_remainders_are_exact():
+    """fmod and Python's %, over all magnitudes of the quotient."""
+    for dtype in (float32, float64):
+        a, b = powers(dtype, 1 << 10)
+        with np.errstate(all="ignore"):
+            a, b = np.concatenate([a, b, b * dtype.type(7)]), np.concatenate([b, a, b])
+            rest, want = np.fmod(a, b), np.remainder(a, b)
+        for function, exact in ((fmod, rest), (float_remainder, want)):
+            found = compiled(function, host().vector_bits, a, b)
+            np.testing.assert_array_equal(found, exact)
+            assert np.array_equal(np.signbit(found[found == 0]), np.signbit(exact[found == 0]))
+
+
 # The same in machine code
 
 
@@ -325,6 +361,91 @@ def test_integer_powers_are_the_same_in_kernels(dtype):
     a, b = rng.integers(-5, 6, 500, dtype), rng.integers(-3, 100, 500, dtype)
     want = interpreted(integer_power, a, b)
     assert np.array_equal(compiled(integer_power, 256, a, b), want)
+
+
+# The processor's flags
+
+WATCH = """
+declare void @llvm.x86.sse.ldmxcsr(ptr)
+declare void @llvm.x86.sse.stmxcsr(ptr)
+define i32 @watch(ptr %kernel, ptr %args, i64 %end, ptr %scratch) {
+  %mode = alloca i32
+  store i32 8064, ptr %mode
+  call void @llvm.x86.sse.ldmxcsr(ptr %mode)
+  call void %kernel(ptr %args, i64 0, i64 %end, ptr %scratch)
+  call void @llvm.x86.sse.stmxcsr(ptr %mode)
+  %after = load i32, ptr %mode
+  store i32 8064, ptr %mode
+  call void @llvm.x86.sse.ldmxcsr(ptr %mode)
+  ret i32 %after
+}
+"""
+NUMBERS = count_up()
+RAISED = 1 | 4 | 8  # invalid, divide by zero, overflow
+FLAGGED = {
+    **{name: MATH[name] for name in UNARY},
+    "sqrt": sqrt, "pow": MATH["pow"], "fmod": fmod,
+    "remainder": float_remainder, "cast": lambda x: cast(cast(x, int32), x.dtype),
+}  # fmt: skip
+
+
+@cache
+def watch():
+    code = engine.compile_ir(f'target triple = "{host().triple}"' + WATCH)
+    return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p)(
+        engine.load([code], ["watch"])[0]
+    )
+
+
+def watcher(function, width, dtype, count):
+    """arrays of 64 elements -> (y, which flags the kernel raised)"""
+    arrays = [np.ones(64, dtype) for _ in range(count)]
+    nest, memory, out = elementwise(function, *arrays)
+    name = f"flagged{next(NUMBERS)}"
+    kernel = engine.load([engine.compile_ir(emit(nest, width, name))], [name])[0]
+    found = structure(nest)
+    pointers = [memory[x].ctypes.data for x in found.buffers]
+    args, scratch = np.array([*pointers, *found.values], np.int64), np.zeros(64, np.int64)
+
+    def run(*values):
+        for array, value in zip(arrays, values, strict=True):
+            array[:] = value
+        flags = watch()(kernel, args.ctypes.data, found.units, scratch.ctypes.data)
+        return memory[out], flags & RAISED
+
+    return run
+
+
+@pytest.mark.skipif(not host().is_x86, reason="reads the flags of x86-64 processors")
+@pytest.mark.parametrize("width", [128, host().vector_bits])
+@pytest.mark.parametrize("dtype", [float32, float64], ids=str)
+@pytest.mark.parametrize("name", FLAGGED)
+def test_flags_tell_what_became_infinite_or_nan(name, dtype, width):
+    """A flag is raised where finite arguments give infinity or NaN. Elsewhere none is, except where
+    infinity gives NaN, as IEEE 754 wants it, and by exp(infinity), which clamps it."""
+    function = FLAGGED[name]
+    if name in ("pow", "fmod", "remainder"):
+        arrays = [x[:: 1 if len(x) < 3000 else 5] for x in powers(dtype, 256)]
+    else:
+        arrays = [np.concatenate([edges(dtype), samples(name, dtype, 2048)])]
+    arrays = [x[~np.any([np.isnan(each) for each in arrays], 0)] for x in arrays]
+    run = watcher(function, width, dtype, len(arrays))
+    finite, quiet = np.all([np.isfinite(x) for x in arrays], 0), []
+    wrong = []
+    for n, values in enumerate(zip(*arrays, strict=True)):
+        y, flags = run(*values)
+        became = bool(finite[n]) and not np.isfinite(y[0])
+        if not became and (np.isnan(y[0]) or (y[0] == math.inf and name in ("exp", "expm1"))):
+            continue
+        if (flags != 0) != became:
+            wrong.append((*values, y[0], flags))
+        if not became:
+            quiet.append(n)
+    assert not wrong, (len(wrong), wrong[:5])
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # unlike neighbours
+        chosen = rng.choice(quiet, 64)
+        assert run(*(x[chosen] for x in arrays))[1] == 0
 
 
 def test_an_error_of_a_few_ulp_is_seen():

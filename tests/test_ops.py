@@ -25,6 +25,7 @@ import needle as ndl
 from needle import ops
 from needle.autograd import Op, Tensor, Value, find_topo_sort
 from needle.dtype import FLOATS, as_dtype
+from needle.ops import precision
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 DEVICES = {"cpu": ndl.cpu, "cpu_numpy": ndl.cpu_numpy}
@@ -75,6 +76,13 @@ def test_every_op_has_a_row() -> None:
     missing = builtin_ops() - covered
     assert missing == set(BEHIND_OTHERS), "an op without a row in optable.py"
     assert set(BEHIND_OTHERS.values()) <= named
+
+
+def test_every_op_is_in_one_list_of_autocast() -> None:
+    lists = [*precision.LOW, *precision.FLOAT32, *precision.AS_GIVEN]
+    assert len(set(lists)) == len(lists), "an op in two lists of needle/ops/precision.py"
+    listed = {kind.__name__ for kind in lists}
+    assert listed == builtin_ops(), "an op in no list of needle/ops/precision.py"
 
 
 def test_every_function_has_a_row() -> None:

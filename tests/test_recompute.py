@@ -482,3 +482,25 @@ def test_only_functions_are_accepted() -> None:
         ndl.checkpoint(Tensor([1.0]))
     expected = "checkpoint: expected a function or a Module; received a Tensor"
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_autocast(mode: str) -> None:
+    """Recomputation runs in the dtypes that the function ran in."""
+    w = constant(draw(8, 8, dtype="float32"))
+
+    def slope(wrap: Function) -> Function:
+        def f(x: Tensor) -> Tensor:
+            with ndl.autocast():
+                y = wrap(lambda x: ndl.tanh(x @ w) @ w)(x)
+            return (y.astype("float32") ** 2).sum()
+
+        return ndl.grad(f)
+
+    x = Tensor(draw(4, 8, dtype="float32"))
+    expected = Tensor(x)
+    with ndl.autocast():
+        y = ndl.tanh(expected @ w) @ w
+    (y.astype("float32") ** 2).sum().backward()
+    assert_same_bits(in_mode(mode, slope(plain))(x), expected.grad)
+    assert_same_bits(in_mode(mode, slope(ndl.checkpoint))(x), expected.grad)

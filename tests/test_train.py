@@ -723,6 +723,24 @@ def test_every_optimizer_and_schedule_goes_on_to_the_same_bits(
     assert results(parts.path) == results(whole.path)
 
 
+def test_bfloat16_goes_on_to_the_same_bits_compiled_or_not(finished: Path, tmp_path: Path) -> None:
+    whole = Trainer.start(config(precision="bfloat16"), tmp_path, "whole")
+    whole.fit()
+    with pytest.raises(Interrupted):
+        Trainer.start(config(precision="bfloat16"), tmp_path, "a").fit(stop_at(7, interrupt))
+    parts = Trainer.resume("a", tmp_path)
+    parts.fit()
+    eager = Trainer.start(config(precision="bfloat16", jit=False), tmp_path, "eager")
+    eager.fit()
+    assert results(parts.path) == results(eager.path) == results(whole.path)
+    assert results(whole.path) != results(finished)
+    assert {p.dtype for p in whole.model.parameters()} == {ndl.float32}
+    losses = [
+        read_metrics(path / "metrics.jsonl")[-1]["test_loss"] for path in (whole.path, finished)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 # A process that kills itself: at a step, or within the n-th call of a function of the system.
 KILLED = """
 import os, signal, sys

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from needle import autograd
-from needle.autograd import Tensor, TensorTuple, Value, refuse_devices
+from needle.autograd import Holder, Tensor, TensorTuple, Value, refuse_devices
 from needle.backend.device import Device, default_device
 from needle.capture.gradient import Adjoint
 from needle.capture.holders import Slot, Snapshot, is_structure, named_values
@@ -19,8 +19,6 @@ from needle.capture.trace import Trace
 from needle.capture.variant import Position, Result, Variant
 from needle.errors import TraceError
 from needle.init.random import Source
-from needle.nn.module import Module
-from needle.optim.optimizer import Optimizer
 
 
 class Capture:
@@ -222,22 +220,22 @@ class Capture:
         changing = {(id(slot.container), slot.key) for slot in slots}
         for holder in self.snapshot.relevant(called, touched, slots).values():
             watch.holder(holder, self.snapshot, changing)
-        for function in wrapped(self.function):
-            for name, x in named_values(function).items():
-                if isinstance(x, (Value, Module, Optimizer)):
-                    watch.item(function.__globals__, name, x, name)
-            for cell in getattr(function, "__closure__", None) or ():
-                try:
-                    content = cell.cell_contents
-                except ValueError:  # nothing yet
-                    continue
-                if is_structure(content):
-                    variant.cells.append(cell)
-                    variant.contents.append(content)
+        function: Any = self.function
+        while function is not None:
+            function = getattr(function, "__func__", function)
+            self.watch_names(variant, function)
+            function = getattr(function, "__wrapped__", None)  # below a decorator
 
-
-def wrapped(function: Any) -> Iterator[Any]:
-    """A function, and those that it wraps: what grad and checkpoint were given."""
-    while function is not None:
-        yield getattr(function, "__func__", function)
-        function = getattr(function, "__wrapped__", None)
+    def watch_names(self, variant: Variant, function: Any) -> None:
+        """What a function's global and enclosing variables must be at the next call."""
+        for name, x in named_values(function).items():
+            if isinstance(x, (Value, Holder)):
+                variant.watch.item(function.__globals__, name, x, name)
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # nothing yet
+                continue
+            if is_structure(content):
+                variant.cells.append(cell)
+                variant.contents.append(content)

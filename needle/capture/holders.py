@@ -1,4 +1,4 @@
-"""What Modules and Optimizers hold, before and after a trace. Next: leaks.py.
+"""What Modules, Optimizers and GradScalers hold, before and after a trace. Next: leaks.py.
 
 A *container* is a holder's `__dict__`, or a dict or list in it. A *slot* is an item of one that a
 trace has set to a Tensor of its own: an output of the program, assigned after each call. A *watch*
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from operator import getitem
 from typing import Any, NamedTuple
 
-from needle.autograd import HOLDERS, Tensor, Value
+from needle.autograd import HOLDERS, Holder, Tensor, Value
 from needle.errors import TraceError
 from needle.nn.module import Module
 from needle.optim.optimizer import Optimizer
@@ -20,7 +20,7 @@ MISSING: Any = object()
 
 
 class Slot(NamedTuple):
-    """container[key], of a Module or an Optimizer; value: the trace's Tensor in it."""
+    """container[key], of a Holder; value: the trace's Tensor in it."""
 
     holder: Any
     container: Any
@@ -61,7 +61,7 @@ def containers(holder: Any) -> Iterator[Any]:
 
 
 class Snapshot:
-    """All Modules and Optimizers as they are now."""
+    """All Holders as they are now."""
 
     def __init__(self) -> None:
         self.before: dict[int, tuple[Any, Any, Any]] = {}  # (holder, container, copy) by id
@@ -130,7 +130,7 @@ class Snapshot:
 
 def is_structure(x: Any) -> bool:
     """Whether an item of a container is part of the structure that a program is made for."""
-    return isinstance(x, (Value, Module, Optimizer, dict, list, tuple))
+    return isinstance(x, (Value, Holder, dict, list, tuple))
 
 
 class Watch:

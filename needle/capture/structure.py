@@ -11,9 +11,8 @@ from weakref import ref
 import numpy as np
 
 from needle.array.ndarray import NDArray
-from needle.autograd import Tensor, TensorTuple, identity
+from needle.autograd import Holder, Tensor, TensorTuple, identity
 from needle.nn.module import Module
-from needle.optim.optimizer import Optimizer
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 
@@ -74,10 +73,10 @@ class Call:
 
     __slots__ = ("arrays", "key", "tensors")
 
-    def __init__(self, grad: bool) -> None:
+    def __init__(self, *mode: Any) -> None:
         self.tensors: list[Tensor] = []
         self.arrays: list[NDArray] = []
-        self.key: list[Any] = [grad]
+        self.key: list[Any] = [*mode]
 
     def add(self, x: Any) -> None:
         if isinstance(x, Tensor):
@@ -103,10 +102,10 @@ class Call:
             self.add_static(x)
 
     def add_static(self, x: Any) -> None:
-        """A value that is part of the program: compared by type and bits, a Module by identity."""
+        """A value that is part of the program: compared by type and bits, a Holder by identity."""
         if isinstance(x, (np.ndarray, NDArray, TensorTuple)):
             raise Unfit(x)
-        if isinstance(x, (Module, Optimizer)):
+        if isinstance(x, Holder):
             self.key.append(ref(x))
             return
         try:

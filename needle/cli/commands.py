@@ -205,6 +205,7 @@ def train_model(
     seed: Annotated[Integer, option("Decides weights, order and dropout.")] = None,
     device: Annotated[Text, option(one_of("device"))] = None,
     checkpoint_every: Annotated[Integer, option("Steps between checkpoints.")] = None,
+    precision: Annotated[Text, option(one_of("precision"))] = None,
     jit: Annotated[Flag, option("Compile the training step.", "jit")] = None,
     name: Annotated[Text, option("The run's name.", "MODEL-DATA-TIME")] = None,
     resume: Annotated[Text, option("Go on with a run: its folder, or its name.")] = None,

@@ -128,7 +128,7 @@ class Recipe:
     in_place: dict[int, int]  # output -> input
     arena: int  # bytes
     checks: list[tuple[str, int]]
-    cores: list[tuple[str, int]]  # what contractions call: dtype, vector bits
+    cores: list[tuple[str, int, bool]]  # what contractions call: dtype, vector bits, dot
 
     def dumps(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -163,7 +163,7 @@ class Recipes:
         self.numbers = {id(op): n for n, op in enumerate(constants_of(lowered.graph))}
         self.hosts: list[HostCall] = []
         self.places: dict[Buffer, tuple[str, int, int]] = {}
-        self.cores: list[tuple[str, int]] = []
+        self.cores: list[tuple[str, int, bool]] = []
         count = len(lowered.graph.inputs)
         for place, buffer in enumerate(lowered.outputs):
             self.places.setdefault(buffer, ("external", count + place, 0))
@@ -205,7 +205,7 @@ class Recipes:
     def slot(self, buffer: Buffer | contract.Core) -> tuple[str, int, int]:
         """Where a buffer's address, or that of a contraction's core, comes from."""
         if isinstance(buffer, contract.Core):
-            core = (str(buffer.dtype), buffer.bits)
+            core = (str(buffer.dtype), buffer.bits, buffer.dot)
             if core not in self.cores:
                 self.cores.append(core)
             return ("core", self.cores.index(core), 0)
@@ -256,7 +256,7 @@ class Program:
         self.forms = [compact_form(device, spec.shape, spec.dtype) for spec in self.specs]
         self.memory = compact_form(device, (self.arena,), UINT8) if self.arena else None
         self.hosts = [Host(each) for each in hosts]
-        cores = [contract.Core(as_dtype(dtype), bits) for dtype, bits in recipe.cores]
+        cores = [contract.Core(as_dtype(dtype), bits, dot) for dtype, bits, dot in recipe.cores]
         kernels = {each.key: texts.get(each.key, missing) for each in recipe.launches}
         kernels |= {core.key: core.emit for core in cores}
         kernels.pop("host", None)

@@ -12,8 +12,8 @@ Two functions do the work. The *core* of a dtype computes one block of accumulat
 The *kernel* of a structure holds the epilogue and walks over units, which are blocks. It calls the
 core by an address among its arguments, so that a new epilogue compiles a small function only. Block
 sizes and what is packed are arguments too: they never change a bit, since each accumulator is a
-chain of its own (needle/ops/order.py). A column vector (n = 1) is computed as a row, with a and b
-in each other's place.
+chain of its own (needle/ops/order.py). A product with few columns is computed as its transpose,
+with a and b in each other's place.
 """
 
 from __future__ import annotations
@@ -28,19 +28,26 @@ import numpy as np
 
 from needle.compiler.emit import Slots, Structure, emit_tile
 from needle.compiler.loops import Contraction, Operand
-from needle.compiler.target import vector_bits
-from needle.compiler.vectors import Writer, typed
-from needle.dtype import LOW_PRECISION, DType, bool_, float32, int64, uint8
+from needle.compiler.target import host, vector_bits
+from needle.compiler.vectors import Writer, constant, typed, uint32
+from needle.dtype import LOW_PRECISION, DType, bfloat16, bool_, float32, int64, uint8
 from needle.ops.order import SEGMENT
 
+DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 SMALL = 4  # rows of the micro-kernel for what is left of a strip
-BLOCK = 1024  # bytes: how wide a block of accumulators is
+FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it is swept with
+THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
+LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
+AHEAD = 256  # bytes that are fetched before they are due
+GROUP = 8  # strips that are packed together
+BLOCK = 2048  # bytes: how wide a block of accumulators is
 TALL = 512  # how many rows it has at most where sums wait for the next segment
 PITCH = BLOCK + 64  # bytes between its rows: not a power of two, which would share cache sets
-SKEW = SEGMENT + 16  # elements between a packed strip's rows, likewise
-STRIP = 16 * SEGMENT + 64  # elements of a packed strip, with the rest of its last vector
+SKEW = 128  # bytes between packed panels, likewise
 GRAIN = 5e5  # operations that are worth a unit
-UNITS = 8  # how many units a contraction is cut into if it is worth them
+UNITS = (
+    16  # how many units a contraction is cut into if it is worth them; half as many side by side
+)
 SPEED = 100.0  # operations per ns, for the cost of a unit
 
 
@@ -62,6 +69,9 @@ class Function(Writer):
     def argument(self, slots: str, number: int, kind: str = "i64") -> str:
         """An element of an array of 64-bit slots."""
         return self.let(f"load {kind}, ptr {self.byte(slots, 8 * number)}, align 8")
+
+    def prefetch(self, pointer: str) -> None:
+        self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 3, i32 1)")
 
     def choose(self, condition: str, a: object, b: object, kind: str = "i64") -> str:
         return self.let(f"select i1 {condition}, {kind} {a}, {kind} {b}")
@@ -104,14 +114,18 @@ class Function(Writer):
 
 @dataclass(frozen=True)
 class Core:
-    """The function that computes a block, of a dtype and vector width; engine.py loads it."""
+    """The function that computes a block, of a dtype and vector width; engine.py loads it.
+
+    dot: by the processor's bfloat16 dot product: packed operands become pairs of terms, rounded.
+    """
 
     dtype: DType
     bits: int
+    dot: bool = False
 
     @property
     def key(self) -> str:
-        return f"contract {self.dtype} {self.bits}"
+        return f"contract {self.dtype} {self.bits}{' dot' * self.dot}"
 
     @property
     def memory(self) -> DType:
@@ -141,9 +155,32 @@ class Core:
         return 2 * self.lanes
 
     @property
+    def panel(self) -> int:
+        """Bytes from a packed panel of b to the next."""
+        return SEGMENT * self.columns * self.size + SKEW
+
+    @property
+    def strip(self) -> int:
+        """Bytes from a packed strip of a to the next."""
+        return SEGMENT * 16 * self.size + SKEW
+
+    @property
+    def packing(self) -> dict[str, tuple[int, int, int]]:
+        """Of what is packed: how wide it is, elements from row to row, bytes to the next."""
+        return {
+            "panels": (self.columns, self.columns, self.panel),
+            "strips": (self.rows, 16, self.strip),
+        }
+
+    @property
     def rows(self) -> int:
         """Rows of a tile, and of a strip: what the registers hold."""
         return 14 if self.bits == 512 else 6
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether there are thin blocks: of elements that fill vectors soon."""
+        return self.size >= 4 and not self.dot
 
     @property
     def masks(self) -> bool:
@@ -152,7 +189,8 @@ class Core:
 
     @property
     def scratch(self) -> int:
-        return STRIP * self.size + SEGMENT * BLOCK + (TALL + 16) * PITCH
+        panels = BLOCK // (self.columns * self.size)
+        return GROUP * self.strip + panels * self.panel + (TALL + 16) * PITCH
 
     @property
     def sides(self) -> list[int]:
@@ -163,14 +201,32 @@ class Core:
         """The module that defines the core under a name."""
         micros = [emit_micro(self, rows, n) for rows in (self.rows, SMALL) for n in (2, 1)]
         turns = [emit_transpose(self, side) for side in self.sides]
-        packers = [emit_copy(self), *turns, emit_gather(self), emit_pack(self)]
-        return "\n\n".join([*micros, *packers, Block(self, name).f.text])
+        spreads = [emit_spread(self, name) for name in self.packing]
+        packers = [
+            emit_pair(self),
+            emit_copy(self),
+            *spreads,
+            *turns,
+            emit_gather(self),
+            emit_pack(self),
+        ]
+        thin = [
+            emit(self, rows) for emit in (emit_dots, emit_sweep) for rows in FEW if self.is_wide
+        ]
+        return "\n\n".join([*micros, *packers, *thin, Block(self, name).f.text])
 
     def add(self, f: Function, x: str, y: str) -> str:
         return f.arithmetic("or" if self.dtype == bool_ else "add", self.value, self.lanes, [x, y])
 
     def multiply_add(self, f: Function, x: str, y: str, total: str) -> str:
         """total + x * y, rounded once; integers wrap around, bools are or-ed."""
+        if self.dot:
+            pair, total_type = f"<{2 * self.lanes} x bfloat>", f"<{self.lanes} x float>"
+            kind = f"<{self.lanes} x i32>"
+            pairs = ", ".join(
+                f"{pair} {f.let(f'bitcast {kind} {each} to {pair}')}" for each in (x, y)
+            )
+            return f.let(f"call {total_type} @{DOT}({total_type} {total}, {pairs})")
         if self.value.kind == "f":
             return f.arithmetic("fma", self.value, self.lanes, [x, y, total])
         op = "and" if self.dtype == bool_ else "mul"
@@ -189,41 +245,46 @@ class Core:
 
 
 MICRO = (
-    "(i64 %count, ptr %a, i64 %row, i64 %depth, i64 %last, ptr %b, i64 %step, i64 %lanes, "
-    "ptr %c, i1 %more)"
+    "(i64 %count, ptr %a, ptr %b, i64 %step, i64 %lanes, ptr %c, i1 %more, "
+    "ptr %ahead, i64 %stride, i64 %turn)"
 )
 
 
 def emit_micro(core: Core, rows: int, vectors: int) -> str:
     """A tile of chains over `count` terms, in registers: c = tile, or c += tile where `more`.
 
-    Row r of a lies at a + min(r, last) * row: in place of rows that are missing, the last again.
-    Of b's last vector `lanes` lanes are columns.
+    a is a packed strip. Of b's last vector `lanes` lanes are columns. What is packed next is
+    fetched into the cache by the way: two lines a term, `stride` bytes on, after 32 by `turn` more.
     """
-    value, lanes = core.value, core.lanes
+    value, lanes, size = core.value, core.lanes, core.size
+    term = uint32 if core.dot else value
     f = Function(f"micro{rows}.{vectors}", MICRO)
     mask = core.mask(f, "%lanes") if core.masks else None
 
     def turn(values: list[str]) -> list[str]:
-        left, b, *rest = values
-        starts, sums = rest[:rows], iter(rest[rows:])
+        left, a, b, ahead, *sums = values
         places = [f.byte(b, v * core.bits // 8) for v in range(vectors)]
-        columns = [f.load(each, value, lanes) for each in places[:-1]]
-        columns.append(f.load(places[-1], value, lanes, mask))
-        following = []
-        for start in starts:
-            x = f.splat(f.load(start, value, 0), value, lanes)
-            following += [core.multiply_add(f, x, column, next(sums)) for column in columns]
-        starts = [f.byte(start, "%depth") for start in starts]
-        return [f.whole("sub", left, 1), f.byte(b, "%step"), *starts, *following]
+        columns = [f.load(each, term, lanes) for each in places[:-1]]
+        columns.append(f.load(places[-1], term, lanes, mask))
+        rest, following = iter(sums), []
+        for r in range(rows):
+            x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
+            following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
+        for line in (0, 64):
+            f.prefetch(f.byte(ahead, line))
+        turned = f.test("eq", f.whole("and", left, 31), 0)
+        ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
+        places = [f.byte(a, 16 * size), f.byte(b, "%step"), ahead]
+        return [f.whole("sub", left, 1), *places, *following]
 
-    starts = [("ptr", f.byte("%a", f.least_of(r, "%last"), "%row")) for r in range(rows)]
-    zeros = [(typed(value, lanes), "zeroinitializer")] * (rows * vectors)
-    carried = [("i64", "%count"), ("ptr", "%b"), *starts, *zeros]
-    found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), turn)[2 + rows :]
     places = [
         f.byte("%c", r * PITCH + v * core.bits // 8) for r in range(rows) for v in range(vectors)
     ]
+    for place in places:  # needed at the end
+        f.prefetch(place)
+    zeros = [(typed(value, lanes), "zeroinitializer")] * (rows * vectors)
+    carried = [("i64", "%count"), ("ptr", "%a"), ("ptr", "%b"), ("ptr", "%ahead"), *zeros]
+    found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), turn)[4:]
     with f.under("%more"):
         for x, place in zip(found, places, strict=True):
             f.store(core.add(f, f.load(place, value, lanes), x), place, value, lanes)
@@ -234,9 +295,147 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
     return f.text
 
 
+# Thin blocks: few rows, for which b is read once, as fast as memory gives it, and never packed
+
+THIN = (
+    "(i64 %count, ptr %a, i64 %row, i64 %last, ptr %b, i64 %outer, i64 %inner, "
+    "i64 %columns, ptr %c, ptr %chains, i1 %more)"
+)
+
+
+class Few:
+    """The rows of a thin block, whose terms are neighbours: that of number %last stands in for
+    those beyond it."""
+
+    def __init__(self, core: Core, f: Function, rows: int) -> None:
+        self.core, self.f = core, f
+        self.starts = [f.byte("%a", f.least_of(r, "%last"), "%row") for r in range(rows)]
+
+    def numbers(self, k: str, terms: int) -> Iterator[list[str]]:
+        """Of some terms from k on the rows' numbers, each in all lanes."""
+        f, core = self.f, self.core
+        places = [f.byte(start, k, core.width) for start in self.starts]
+        for term in range(terms):
+            found = [core.fetch(f, f.byte(place, term, core.width), 0) for place in places]
+            yield [f.splat(x, core.value, core.lanes) for x in found]
+
+    def add(self, sums: Sequence[str], numbers: Sequence[str], column: str) -> list[str]:
+        """The chains, one for each row, with a term of a column more."""
+        pairs = zip(numbers, sums, strict=True)
+        return [self.core.multiply_add(self.f, x, column, y) for x, y in pairs]
+
+
+def emit_dots(core: Core, rows: int) -> str:
+    """Where the terms of a column are neighbours: squares of columns and terms, turned in
+    registers. The last column stands in for those beyond it."""
+    f, value, lanes = Function(f"dots{rows}", THIN), core.value, core.lanes
+    few, kind = Few(core, f, rows), typed(value, lanes)
+    last, rest = f.whole("sub", "%columns", 1), f.whole("srem", "%count", lanes)
+    whole = f.whole("sub", "%count", rest)
+    with f.span("%columns", lanes) as j:
+        columns = [f.least_of(f.whole("add", j, lane), last) for lane in range(lanes)]
+        starts = [f.byte("%b", each, "%outer") for each in columns]
+
+        def square(k: str, sums: list[str]) -> list[str]:
+            places = [f.byte(start, k, core.width) for start in starts]
+            for place in places:
+                f.prefetch(f.byte(place, AHEAD))
+            found = [core.fetch(f, place, lanes) for place in places]
+            turned = Square(f, value, lanes).turned(found)
+            for column, numbers in zip(turned, few.numbers(k, lanes), strict=True):
+                sums = few.add(sums, numbers, column)
+            return sums
+
+        def single(k: str, sums: list[str]) -> list[str]:
+            column = "poison"
+            for lane, start in enumerate(starts):
+                x = core.fetch(f, f.byte(start, k, core.width), 0)
+                column = f.let(f"insertelement {kind} {column}, {typed(value, 0)} {x}, i64 {lane}")
+            return few.add(sums, next(few.numbers(k, 1)), column)
+
+        sums = f.loop(0, whole, lanes, [(kind, "zeroinitializer")] * rows, square)
+        sums = f.loop(whole, "%count", 1, [(kind, x) for x in sums], single)
+        settle(core, f, sums, rows_of(f, "%c", j, core.size, rows))
+    return f.text
+
+
+def rows_of(f: Function, start: str, j: str, size: int, rows: int) -> list[str]:
+    """The places of column j in the rows of a thin block's sums."""
+    return [f.byte(f.byte(start, j, size), r * THIN_PITCH) for r in range(rows)]
+
+
+def settle(core: Core, f: Function, sums: Sequence[str], places: Sequence[str]) -> None:
+    """A segment's sums to memory: those of the first are the total, others are added to it."""
+    value, lanes = core.value, core.lanes
+    nothing = constant(-0.0, value, lanes)  # -0 + x is x
+    for x, place in zip(sums, places, strict=True):
+        total = f.choose("%more", f.load(place, value, lanes), nothing, typed(value, lanes))
+        f.store(core.add(f, total, x), place, value, lanes)
+
+
+def emit_sweep(core: Core, rows: int) -> str:
+    """Where the columns of a term are neighbours: a few terms at a time go through all columns,
+    whose chains wait in the cache."""
+    f, value, lanes = Function(f"sweep{rows}", THIN), core.value, core.lanes
+    left = f.whole("srem", "%columns", lanes)
+    whole, some, mask = f.whole("sub", "%columns", left), f.test("sgt", left, 0), core.mask(f, left)
+    most = 8 if rows < 8 else 4  # terms
+    few = Few(core, f, rows)
+
+    def add(k: str, starts: Sequence[str], j: str, mask: str | None) -> None:
+        places = rows_of(f, "%chains", j, core.size, rows)
+        sums = [f.load(place, value, lanes) for place in places]
+        for start, numbers in zip(starts, few.numbers(k, len(starts)), strict=True):
+            source = f.byte(start, j, core.width)
+            f.prefetch(f.byte(source, AHEAD))
+            sums = few.add(sums, numbers, core.fetch(f, source, lanes, mask))
+        for x, place in zip(sums, places, strict=True):
+            f.store(x, place, value, lanes)
+
+    with f.span("%columns", lanes) as j:
+        for place in rows_of(f, "%chains", j, core.size, rows):
+            f.store(constant(0, value, lanes), place, value, lanes)
+    middle = f.whole("sub", "%count", f.whole("srem", "%count", most))
+    for several, first, stop in ((most, 0, middle), (1, middle, "%count")):
+        with f.span(stop, several, first) as k:
+            starts = [f.byte("%b", f.whole("add", k, n), "%inner") for n in range(several)]
+            with f.span(whole, lanes) as j:
+                add(k, starts, j, None)
+            with f.under(some):
+                add(k, starts, whole, mask)
+    with f.span("%columns", lanes) as j:
+        found = [f.load(x, value, lanes) for x in rows_of(f, "%chains", j, core.size, rows)]
+        settle(core, f, found, rows_of(f, "%c", j, core.size, rows))
+    return f.text
+
+
 # Packing: to[i * pitch + j * size] = from[i * outer + j * inner], widened; all steps in bytes
 
+SPREAD = "(ptr %to, ptr %from, i64 %outer, i64 %rows, i64 %length)"
 PACK = "(ptr %to, i64 %pitch, ptr %from, i64 %outer, i64 %inner, i64 %rows, i64 %length)"
+
+
+PAIR = "(ptr %to, i64 %pitch, i64 %count)"
+
+
+def emit_pair(core: Core) -> str:
+    """Of packed float32: rows 2 i and 2 i + 1, rounded to bfloat16, in the halves of row i; where
+    there is no row 2 i + 1, zeros."""
+    f, lanes = Function("pair", PAIR), core.bits // 32
+    last = f.whole("sub", "%count", 1)
+    with f.span("%count", 2) as i:
+        source, target = f.byte("%to", i, "%pitch"), f.byte("%to", f.whole("lshr", i, 1), "%pitch")
+        more = f.choose(f.test("slt", i, last), -1, 0, "i32")
+        with f.span("%pitch", core.bits // 8) as j:
+            place, halves = f.byte(source, j), []
+            for each in (place, f.byte(place, "%pitch")):
+                x = f.narrow(f.load(each, float32, lanes), bfloat16, lanes)
+                halves.append(f.convert("zext", x, "i16", "i32", lanes))
+            high = f.arithmetic("shl", uint32, lanes, [halves[1], constant(16, uint32, lanes)])
+            high = f.arithmetic("and", uint32, lanes, [high, f.splat(more, uint32, lanes)])
+            x = f.arithmetic("or", uint32, lanes, [halves[0], high])
+            f.store(x, f.byte(target, j), uint32, lanes)
+    return f.text
 
 
 def emit_copy(core: Core) -> str:
@@ -259,6 +458,35 @@ def emit_copy(core: Core) -> str:
     return f.text
 
 
+def emit_spread(core: Core, name: str) -> str:
+    """Rows of a block whose elements are neighbours, each to its place in all panels: element j of
+    row i is element i * pitch + j % columns of panel j // columns."""
+    f, lanes = Function(name, SPREAD), core.lanes
+    columns, pitch, panel = core.packing[name]
+    starts = range(0, columns, lanes)
+    left = f.whole("srem", "%length", columns)
+    whole, some = f.whole("sub", "%length", left), f.test("sgt", left, 0)
+    full = [None if v + lanes <= columns else core.mask(f, str(columns - v)) for v in starts]
+    masks = [core.mask(f, f.whole("sub", left, v)) for v in starts]
+
+    def move(i: str, j: str, masks: Sequence[str | None]) -> None:
+        source = f.byte(f.byte("%from", i, "%outer"), j, core.width)
+        target = f.byte(f.byte("%to", i, pitch * core.size), f.whole("udiv", j, columns), panel)
+        found = [
+            core.fetch(f, f.byte(source, v, core.width), lanes, mask)
+            for v, mask in zip(starts, masks, strict=True)
+        ]
+        for v, x in zip(starts, found, strict=True):
+            f.store(x, f.byte(target, v, core.size), core.value, lanes)
+
+    with f.span("%rows") as i:
+        with f.span(whole, columns) as j:
+            move(i, j, full)
+        with f.under(some):
+            move(i, whole, masks)
+    return f.text
+
+
 def emit_transpose(core: Core, side: int) -> str:
     """Where the elements of a column are neighbours: square by square, at least one of them.
 
@@ -274,26 +502,63 @@ def emit_transpose(core: Core, side: int) -> str:
             row = f.least_of(i, lowest)
             place = f.byte(target, row, "%pitch")
             found = [core.fetch(f, f.byte(each, row, core.width), side) for each in sources]
-            for x in turned(f, found, typed(core.value, side)):
+            for x in Square(f, core.value, side).turned(found):
                 f.store(x, place, core.value, side)
                 place = f.byte(place, "%pitch")
     return f.text
 
 
-def turned(f: Function, rows: Sequence[str], kind: str) -> list[str]:
-    """The columns of a square of vectors: its halves interleaved, log2(side) times."""
-    side, half = len(rows), len(rows) // 2
-    orders = [
-        ", ".join(f"i32 {start + n // 2 + n % 2 * side}" for n in range(side))
-        for start in (0, half)
-    ]
-    for _ in range(half.bit_length()):
-        rows = [
-            f.let(f"shufflevector {kind} {a}, {kind} {b}, <{side} x i32> <{order}>")
-            for a, b in zip(rows[:half], rows[half:], strict=True)
-            for order in orders
+class Square:
+    """A square of vectors, turned by shuffles that are one instruction each: first within lanes of
+    128 bits, then whole lanes."""
+
+    def __init__(self, f: Function, dtype: DType, side: int) -> None:
+        self.f, self.kind, self.side = f, typed(dtype, side), side
+        self.lane = min(side, 16 // dtype.itemsize)  # elements
+
+    def turned(self, rows: Sequence[str]) -> list[str]:
+        """The columns."""
+        groups = [
+            self.within(rows[start : start + self.lane], 1)
+            for start in range(0, self.side, self.lane)
         ]
-    return [*rows]
+        parts = [self.across([group[q] for group in groups]) for q in range(self.lane)]
+        return [part[lane] for lane in range(self.side // self.lane) for part in parts]
+
+    def within(self, rows: Sequence[str], size: int) -> list[str]:
+        """Of each lane the square that these rows have in it."""
+        if len(rows) == 1:
+            return [*rows]
+        halves = []
+        for half in (0, self.lane // 2):
+            starts = range(0, self.side, self.lane)
+            blocks = [
+                lane + half + each for lane in starts for each in range(0, self.lane // 2, size)
+            ]
+            order = [x + side for x in blocks for side in (0, self.side)]
+            halves.append(self.within(self.pairs(rows, order, size), 2 * size))
+        return halves[0] + halves[1]
+
+    def across(self, rows: Sequence[str]) -> list[str]:
+        """Lanes as elements."""
+        if len(rows) == 1:
+            return [*rows]
+        halves = []
+        for first in (0, self.lane):
+            lanes = range(first, self.side, 2 * self.lane)
+            order = [x + side for side in (0, self.side) for x in lanes]
+            halves.append(self.across(self.pairs(rows, order, self.lane)))
+        return [x for pair in zip(*halves, strict=True) for x in pair]
+
+    def pairs(self, rows: Sequence[str], order: Sequence[int], size: int) -> list[str]:
+        """Of each pair the blocks of some size, in an order."""
+        places = ", ".join(f"i32 {start + n}" for start in order for n in range(size))
+        return [
+            self.f.let(
+                f"shufflevector {self.kind} {a}, {self.kind} {b}, <{self.side} x i32> <{places}>"
+            )
+            for a, b in zip(rows[::2], rows[1::2], strict=True)
+        ]
 
 
 def emit_gather(core: Core) -> str:
@@ -323,7 +588,7 @@ def emit_pack(core: Core) -> str:
 # A block
 
 STEPS = ("a_outer", "a_inner", "b_outer", "b_inner")  # strides, in elements
-FLAGS = ("pack_a", "pack_b", "turn")
+FLAGS = ("pack_b", "turn", "thin")
 FIELDS = ("k", *STEPS, *FLAGS)  # the arguments that the core reads, in this order
 BLOCKED = (
     "(ptr %fields, ptr %a, ptr %b, i64 %m, i64 %rows, i64 %n, i64 %columns, ptr %scratch, "
@@ -344,43 +609,84 @@ class Block:
         given = {field: f.argument("%fields", place) for place, field in enumerate(FIELDS)}
         steps = [f.whole("mul", given[field], core.width) for field in STEPS]
         self.a_outer, self.a_inner, self.b_outer, self.b_inner = steps
-        self.pack_a, self.pack_b, self.turn = (f.test("ne", given[field], 0) for field in FLAGS)
-        # Whether a strip is packed as rows along k, or as columns
-        self.flat = f.test("eq", self.a_inner, core.width)
-        self.strip = f.byte("%scratch", 64)
-        self.panels = f.byte(self.strip, STRIP * self.size)
-        self.sums = f.byte(self.panels, SEGMENT * BLOCK)
+        self.pack_b, self.turn, self.thin = (f.test("ne", given[field], 0) for field in FLAGS)
+        self.strips = f.byte("%scratch", 64)
+        self.panels = f.byte(self.strips, GROUP * core.strip)
+        self.sums = f.byte(self.panels, BLOCK // (core.columns * self.size) * core.panel)
+        self.turned = f.byte(self.sums, max(FEW) * THIN_PITCH)
         self.a = f.byte("%a", "%m", self.a_outer)
         self.b = f.byte("%b", "%n", self.b_outer)
         self.segments(given["k"])
 
     def segments(self, depth: str) -> None:
-        f = self.f
+        f, core = self.f, self.core
         # Where there is one segment, each strip is done before the next begins
         pitch = f.choose(f.test("sgt", depth, SEGMENT), PITCH, 0)
         # k = 0 has one segment, which is empty
         with f.span(f.let(f"call i64 @llvm.smax.i64(i64 {depth}, i64 1)"), SEGMENT) as k:
             left = f.whole("sub", depth, k)
             self.count, self.final = f.least_of(left, SEGMENT), f.test("sle", left, SEGMENT)
-            self.more = f.test("sgt", k, 0)
+            self.terms, self.more = self.count, f.test("sgt", k, 0)
+            if core.dot:
+                self.terms = f.whole("lshr", f.whole("add", self.count, 1), 1)
             b = f.byte(self.b, k, self.b_inner)
-            self.pack_panels(b)
-            with f.span("%rows", self.core.rows) as i:
-                a = f.byte(f.byte(self.a, k, self.a_inner), i, self.a_outer)
-                self.tiles(i, a, b, f.byte(self.sums, i, pitch))
+            if core.is_wide:
+                with f.under(self.thin):
+                    self.sweep(f.byte(self.a, k, self.a_inner), b)
+            tall = f.choose(self.thin, 0, "%rows")
+            with f.span(tall, GROUP * core.rows) as g:
+                height = f.least_of(f.whole("sub", "%rows", g), GROUP * core.rows)
+                a = f.byte(f.byte(self.a, k, self.a_inner), g, self.a_outer)
+                self.pack("strips", self.strips, a, self.a_outer, self.a_inner, height)
+                with f.span(height, core.rows) as i:
+                    rows = f.least_of(f.whole("sub", height, i), core.rows)
+                    strip = f.byte(self.strips, f.whole("udiv", i, core.rows), core.strip)
+                    following = f.byte(a, GROUP * core.rows, self.a_outer)
+                    self.first = f.test("eq", f.whole("add", g, i), 0)
+                    i = f.whole("add", g, i)
+                    self.tiles(i, rows, strip, following, b, f.byte(self.sums, i, pitch))
 
-    def pack_panels(self, b: str) -> None:
-        f, pitch = self.f, self.core.columns * self.size
-        with f.span("%columns", self.core.columns) as j:
-            width, direct = self.width(j)
-            with f.under(f.choose(direct, "false", "true", "i1")):
-                to, source = self.panel(j), f.byte(b, j, self.b_outer)
-                steps = (self.b_inner, self.b_outer, self.count, width)
-                f.run("@pack", PACK, to, pitch, source, *steps)
+    def sweep(self, a: str, b: str) -> None:
+        """A segment of a thin block."""
+        f, core = self.f, self.core
+        near = f.test("eq", self.a_inner, core.width)
+        with f.under(f.choose(near, "false", "true", "i1")), f.span("%rows") as r:
+            with f.span(self.count) as k:
+                x = f.load(f.byte(f.byte(a, r, self.a_outer), k, self.a_inner), core.memory, 0)
+                place = f.byte(f.byte(self.strips, r, core.strip), k, core.width)
+                f.store(x, place, core.memory, 0)
+        a, row = f.choose(near, a, self.strips, "ptr"), f.choose(near, self.a_outer, core.strip)
+        work = "null"
+        for name, here in (("dots", "true"), ("sweep", f.test("eq", self.b_outer, core.width))):
+            for rows in sorted(FEW, reverse=True):
+                fits = f.let(f"and i1 {here}, {f.test('sle', '%rows', rows)}")
+                work = f.choose(fits, f"@{name}{rows}", work, "ptr")
+        left = (self.count, a, row, f.whole("sub", "%rows", 1))
+        right = (b, self.b_outer, self.b_inner, "%columns", self.sums, self.panels, self.more)
+        f.run(work, THIN, *left, *right)
+        with f.under(self.final):
+            self.finish("0", "%rows", self.sums)
+
+    def pack(self, name: str, to: str, source: str, outer: str, inner: str, length: str) -> None:
+        """An operand's segment, in panels or strips."""
+        f, core = self.f, self.core
+        columns, pitch, panel = core.packing[name]
+        rows = f.test("eq", outer, core.width)
+        with f.under(rows):
+            f.run(f"@{name}", SPREAD, to, source, inner, self.count, length)
+        with f.under(f.choose(rows, "false", "true", "i1")), f.span(length, columns) as j:
+            width = f.least_of(f.whole("sub", length, j), columns)
+            place = f.byte(to, f.whole("udiv", j, columns), panel)
+            steps = (inner, outer, self.count, width)
+            f.run("@pack", PACK, place, pitch * self.size, f.byte(source, j, outer), *steps)
+        if core.dot:
+            with f.span(length, columns) as j:
+                place = f.byte(to, f.whole("udiv", j, columns), panel)
+                f.run("@pair", PAIR, place, pitch * self.size, self.count)
 
     def panel(self, j: str) -> str:
         """Where the panel that begins at column j is packed."""
-        return self.f.byte(self.panels, j, SEGMENT * self.size)
+        return self.f.byte(self.panels, self.f.whole("udiv", j, self.core.columns), self.core.panel)
 
     def width(self, j: str) -> tuple[str, str]:
         """How wide a panel is, and whether it is read where it lies."""
@@ -389,16 +695,18 @@ class Block:
         whole = f.test("eq", f.whole("srem", width, core.lanes), 0)
         return width, f.choose(self.pack_b, "false", "true" if core.masks else whole, "i1")
 
-    def tiles(self, i: str, a: str, b: str, sums: str) -> None:
+    def tiles(self, i: str, rows: str, strip: str, following: str, b: str, sums: str) -> None:
         """The tiles of a strip, and what becomes of them after the last segment."""
         f, core = self.f, self.core
-        rows = f.least_of(f.whole("sub", "%rows", i), core.rows)
-        place, row, depth = self.pack_strip(a, rows)
         large = f.test("sgt", rows, core.rows // 2 + 1)
         heights = ((core.rows, large), (SMALL, f.choose(large, "false", "true", "i1")))
         with f.span("%columns", core.columns) as j:
             width, direct = self.width(j)
             source = f.choose(direct, f.byte(b, j, self.b_outer), self.panel(j), "ptr")
+            with f.under(f.choose(direct, "false", self.first, "i1")):
+                given = (f.byte(b, j, self.b_outer), self.b_outer, self.b_inner, width)
+                self.pack("panels", self.panel(j), *given)
+            ahead = self.ahead(j, b, following)
             step = f.choose(direct, self.b_inner, core.columns * self.size)
             double = f.test("sgt", width, core.lanes)
             lanes = f.choose(double, f.whole("sub", width, core.lanes), width)
@@ -406,90 +714,132 @@ class Block:
             for height, fits in heights:
                 micro = f.choose(double, f"@micro{height}.2", f"@micro{height}.1", "ptr")
                 with f.under(fits), f.span(rows, height) as r:
-                    last = f.whole("sub", f.whole("sub", rows, r), 1)
-                    left = (f.byte(place, r, row), row, depth, last)
-                    right = (source, step, lanes)
-                    to = f.byte(target, r, PITCH)
-                    f.run(micro, MICRO, self.count, *left, *right, to, self.more)
+                    left, to = f.byte(strip, r, self.size), f.byte(target, r, PITCH)
+                    tile = (self.terms, left, source, step, lanes, to, self.more)
+                    f.run(micro, MICRO, *tile, *ahead)
         with f.under(self.final):
             self.finish(i, rows, sums)
 
-    def pack_strip(self, a: str, rows: str) -> tuple[str, str, str]:
-        """Where a strip of a is read, and the steps between its rows and along k."""
-        f, size = self.f, self.size
-        pitch = f.choose(self.flat, SKEW * size, 16 * size)
-        with f.under(self.pack_a):
-            pairs = ((self.a_outer, self.a_inner), (self.a_inner, self.a_outer))
-            lengths = ((rows, self.count), (self.count, rows))
-            choices = [*zip(*pairs, strict=True), *zip(*lengths, strict=True)]
-            given = [f.choose(self.flat, *each) for each in choices]
-            f.run("@pack", PACK, self.strip, pitch, a, *given)
-        row = f.choose(self.pack_a, f.choose(self.flat, pitch, size), self.a_outer)
-        depth = f.choose(self.pack_a, f.choose(self.flat, size, pitch), self.a_inner)
-        return f.choose(self.pack_a, self.strip, a, "ptr"), row, depth
+    def ahead(self, j: str, b: str, following: str) -> list[str]:
+        """What is packed next, and how a tile's turns walk through it: b's next panel, or, while a
+        strip that is not the first meets the first panels, a part of a's next group."""
+        f, core = self.f, self.core
+        part = f.whole("udiv", j, core.columns)
+        early = f.test("ult", part, ceil(GROUP * core.rows / 32))
+        panel = f.byte(b, f.whole("add", j, core.columns), self.b_outer)
+        found = self.way(panel, self.b_outer, self.b_inner, "0")
+        group = self.way(following, self.a_outer, self.a_inner, part)
+        kinds, chosen = ("ptr", "i64", "i64"), []
+        for x, y, nothing, kind in zip(found, group, (self.strips, 0, 0), kinds, strict=True):
+            chosen.append(f.choose(self.first, x, f.choose(early, y, nothing, kind), kind))
+        return chosen
+
+    def way(self, start: str, outer: str, inner: str, part: str) -> tuple[str, str, str]:
+        """A start, a stride, and a step after 32 turns: through rows of which a turn is two lines,
+        or through 32 columns, two lines of each and then the next two."""
+        f = self.f
+        flat, round_trip = f.test("eq", outer, self.core.width), f.whole("mul", outer, 32)
+        place = f.byte(start, f.choose(flat, 128, round_trip), part)
+        back = f.whole("sub", 128, round_trip)
+        return place, f.choose(flat, inner, outer), f.choose(flat, 0, back)
 
     def finish(self, i: str, rows: str, sums: str) -> None:
-        """The epilogue of a strip; of a turned one, whose only row is the column n = 0."""
-        f = self.f
-        first = f.whole("add", "%m", i)
-        plain = (PITCH // self.size, first, rows, "%n", "%columns")
-        swapped = (1, "%n", "%columns", first, rows)
-        pairs = zip(swapped, plain, strict=True)
-        ld, *place = (f.choose(self.turn, *pair) for pair in pairs)
-        f.run("%epilogue", EPILOGUE, "%args", sums, ld, "%batch", *place, "%scratch")
+        """The epilogue of a strip; one that is computed in place of its transpose is turned."""
+        f, size = self.f, self.size
+        first, ld = f.whole("add", "%m", i), 16
+        pitch = f.choose(self.thin, THIN_PITCH, PITCH)
+        with f.under(self.turn), f.span("%columns") as j, f.span(rows) as r:
+            x = f.load(f.byte(f.byte(sums, r, pitch), j, size), self.core.value, 0)
+            place = f.byte(f.byte(self.turned, j, ld * size), r, size)
+            f.store(x, place, self.core.value, 0)
+        plain = (sums, f.whole("udiv", pitch, size), first, rows, "%n", "%columns")
+        swapped = (self.turned, ld, "%n", "%columns", first, rows)
+        kinds = ("ptr", *["i64"] * 5)
+        pairs = zip(swapped, plain, kinds, strict=True)
+        given = [f.choose(self.turn, *each) for each in pairs]
+        f.run("%epilogue", EPILOGUE, "%args", *given[:2], "%batch", *given[2:], "%scratch")
 
 
 # Kernels
 
-CUT = ("m", "n", "down", "across", "tall", "wide")
+CUT = ("m", "n", "down", "across", "tall", "wide", "most")
 AXIS = ("size", "a_step", "b_step")  # of a batch axis
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a contraction is cut into units, and what is packed."""
+    """How a contraction is cut into units, and what is packed. Of thin blocks `down` and `tall`
+    count columns."""
 
     down: int
     across: int
     tall: int
     wide: int
-    pack_a: bool
+    most: int  # units one below the other that are computed as one block
     pack_b: bool
+    thin: bool
 
 
 def roles(c: Contraction) -> tuple[int, int, Operand, Operand]:
-    """m, n, a and b: a column vector's in each other's place."""
-    return (c.n, c.m, c.b, c.a) if c.n == 1 else (c.m, c.n, c.a, c.b)
+    """m, n, a and b: in each other's place where there are few columns."""
+    return (c.n, c.m, c.b, c.a) if is_turned(c) else (c.m, c.n, c.a, c.b)
+
+
+def is_turned(c: Contraction) -> bool:
+    return c.n <= max(FEW) and c.n < c.m
 
 
 def tiling(c: Contraction, core: Core) -> Tiling:
     m, n, a, b = roles(c)
     batch, size = prod(c.batch), core.size
+    if is_thin(m, b, core):
+        return thin_tiling(c, m, n, a, b)
     wanted = min(2 * batch * m * n * c.k / GRAIN, UNITS)
     down, across = ceil(m / TALL) if c.k > SEGMENT else 1, ceil(n * size / BLOCK)
     while 0 < batch * down * across < wanted:
         if m >= 2 * core.rows * down:
             down *= 2
-        elif n > core.columns * across:
+        elif n > core.columns * across and 2 * down * across < wanted:
             across *= 2
         else:
             break
     tall, wide = ceil(m / down) if m else 1, ceil(n / max(across, 1) / core.columns) * core.columns
     left = tall % core.rows  # rows that cost nothing more
     tall += -left % (core.rows if left > core.rows // 2 + 1 else SMALL)
+    most = max(TALL // tall, 1) if c.k > SEGMENT else down
     # What lies in far places is copied together where it is read again and again
-    far_a, far_b = abs(a.inner) * size, abs(b.inner) * size
-    pack_a = a.inner != 1 and wide >= 4 * core.columns and far_a >= 2048
-    pack_b = b.outer != 1 or tall >= 256 or (tall >= 64 and far_b >= 4096)
-    low = core.dtype in LOW_PRECISION
-    return Tiling(
-        ceil(m / tall), ceil(n / max(wide, 1)), tall, wide, low or pack_a, low or pack_b
-    )  # fmt: skip
+    height, far = min(tall * most, m), abs(b.inner) * size
+    pack_b = b.outer != 1 or height >= 256 or (height >= 64 and far >= 4096)
+    low = core.dtype in LOW_PRECISION or core.dot
+    return Tiling(ceil(m / tall), ceil(n / max(wide, 1)), tall, wide, most, low or pack_b, False)
+
+
+def is_thin(m: int, b: Operand, core: Core) -> bool:
+    """Whether blocks are thin: b is read where it lies."""
+    return core.is_wide and 0 < m <= max(FEW) and 1 in (b.outer, b.inner)
+
+
+def thin_tiling(c: Contraction, m: int, n: int, a: Operand, b: Operand) -> Tiling:
+    """Units side by side, which go through memory in long ways, with work enough for each."""
+    wide, most = min(ceil(LITTLE / max(c.k, 1) / 16) * 16, 512), 1
+    if b.outer == 1:
+        wide = 512
+        most = next(most for rows, most in FEW.items() if m <= rows) // wide
+    else:
+        wide = max(wide, 16 if a.inner == 1 else 64)
+    return Tiling(ceil(n / wide), 1, wide, n, most, False, True)
+
+
+def core_of(c: Contraction, bits: int) -> Core:
+    """The core of a contraction; few rows or columns wait for memory, not for arithmetic."""
+    dtype = c.a.buffer.dtype
+    has_dot = bits == 512 and "+avx512bf16" in host().features.split(",")
+    return Core(dtype, bits, c.dot and has_dot and min(c.m, c.n) > max(FEW))
 
 
 def structure(c: Contraction, bits: int | None = None) -> Structure:
     """What to compile and pass: see emit.py. The core is among the buffers, as a function."""
-    core = Core(c.a.buffer.dtype, bits or vector_bits())
+    core = core_of(c, bits or vector_bits())
     cut = tiling(c, core)
     units = prod(c.batch) * cut.down * cut.across
     cost = 10 + 2 * prod(c.batch) * c.m * c.n * c.k / (SPEED * max(units, 1))
@@ -503,8 +853,8 @@ def walk(c: Contraction, core: Core, cut: Tiling) -> Slots:
     pointers = [slots.buffer(each) for each in (entry, a.buffer, b.buffer)]
     slots.write("contraction", core.key, len(c.batch), *pointers)
     numbers = (
-        c.k, a.outer, a.inner, b.outer, b.inner, cut.pack_a, cut.pack_b, c.n == 1,
-        m, n, cut.down, cut.across, cut.tall, cut.wide, a.offset, b.offset,
+        c.k, a.outer, a.inner, b.outer, b.inner, cut.pack_b, is_turned(c), cut.thin,
+        m, n, cut.down, cut.across, cut.tall, cut.wide, cut.most, a.offset, b.offset,
     )  # fmt: skip
     for field, number in zip((*FIELDS, *CUT, "a", "b"), numbers, strict=True):
         slots.value(int(number), field)
@@ -517,32 +867,43 @@ def walk(c: Contraction, core: Core, cut: Tiling) -> Slots:
 
 def emit(c: Contraction, bits: int, name: str) -> str:
     """The module of a contraction's kernel: the walk over its units, and its epilogue."""
-    core = Core(c.a.buffer.dtype, bits)
+    core = core_of(c, bits)
     slots = walk(c, core, tiling(c, core))
     f = Function(name, "(ptr %args, i64 %begin, i64 %end, ptr %scratch)", "")
     operands = [slots.buffer(x.buffer) for x in roles(c)[2:]]
     entry, a, b = (f.argument("%args", place, "ptr") for place in (0, *operands))
     fields = f.byte("%args", 8 * slots.slot(FIELDS[0]))
-    m, n, down, across, tall, wide, *starts = (
+    m, n, down, across, tall, wide, most, *starts = (
         f.argument("%args", slots.slot(field)) for field in (*CUT, "a", "b")
     )
     axes = [
         [f.argument("%args", slots.slot((field, axis))) for field in AXIS]
         for axis in range(len(c.batch))
     ]
-    with f.span("%end", 1, "%begin") as unit:
-        column = f.whole("mul", f.whole("urem", unit, across), wide)
-        unit = f.whole("udiv", unit, across)
-        row = f.whole("mul", f.whole("urem", unit, down), tall)
-        batch = rest = f.whole("udiv", unit, down)
+
+    def turn(values: list[str]) -> list[str]:
+        """The units from one on that lie below each other, thin ones side by side, as one block."""
+        (unit,) = values
+        first, rest = f.whole("urem", unit, down), f.whole("udiv", unit, down)
+        count = f.least_of(f.whole("sub", "%end", unit), f.whole("sub", down, first))
+        count = f.least_of(count, most)
+        begin, length = f.whole("mul", first, tall), f.whole("mul", count, tall)
+        thin = f.test("ne", f.argument("%args", slots.slot("thin")), 0)
+        row, height = f.choose(thin, 0, begin), f.choose(thin, m, length)
+        column = f.whole("mul", f.whole("urem", rest, across), wide)
+        column, wider = f.choose(thin, begin, column), f.choose(thin, length, wide)
+        batch = rest = f.whole("udiv", rest, across)
         places = starts
         for size, *steps in reversed(axes):
             i, rest = f.whole("urem", rest, size), f.whole("udiv", rest, size)
             moves = [f.whole("mul", i, step) for step in steps]
             places = [f.whole("add", *each) for each in zip(places, moves, strict=True)]
         left, right = (f.byte(x, at, core.width) for x, at in zip((a, b), places, strict=True))
-        height = f.least_of(f.whole("sub", m, row), tall)
-        width = f.least_of(f.whole("sub", n, column), wide)
+        height = f.least_of(f.whole("sub", m, row), height)
+        width = f.least_of(f.whole("sub", n, column), wider)
         block = (fields, left, right, row, height, column, width)
         f.run(entry, BLOCKED, *block, "%scratch", f"@{name}.epilogue", "%args", batch)
+        return [f.whole("add", unit, count)]
+
+    f.repeat([("i64", "%begin")], lambda values: f.test("slt", values[0], "%end"), turn)
     return "\n".join([emit_tile(slots, c.epilogue, bits, f"{name}.epilogue"), f.text])

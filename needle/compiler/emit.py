@@ -44,7 +44,9 @@ from needle.compiler.loops import (
     arguments,
     axis,
     inner_level,
+    ordered,
     passes_of,
+    usual,
 )
 from needle.compiler.vectors import (
     Carried,
@@ -199,7 +201,7 @@ def is_flat(nest: Nest) -> bool:
 def price(nest: Nest) -> float:
     """Nanoseconds per element, roughly, as if all were of inner level and in one loop."""
     found = NANOSECONDS["store"] * len(nest.stores)
-    for each in nest.expressions():
+    for each in nest.expressions(usual):
         found += NANOSECONDS.get(each.op, 0.02) * max(each.dtype.itemsize, 4) / 4
     return found
 
@@ -218,6 +220,7 @@ class Plan:
     def __init__(self, nest: Nest) -> None:
         self.nest = nest
         self.exprs = nest.expressions()
+        self.usual = set(nest.expressions(usual))  # what is computed in all cases
         self.inner = inner_level(nest)
         self.passes = passes_of(nest)
         self.saved: dict[Expr, int] = {}  # values kept for later loops -> the loop that makes them
@@ -256,7 +259,7 @@ class Plan:
             if self.inner[each] and each not in found:
                 found.add(each)
                 if not stops(each):
-                    stack += arguments(each)
+                    stack += usual(each)
         return found
 
     def weight(self, roots: Sequence[Expr]) -> int:
@@ -364,7 +367,7 @@ class Kernel(Writer):
             self.do(f"%{name}{slot} = load {kind}, ptr %s{slot}, align 8")
         self.high = self.size(self.nest.inner_axis)
         for each in self.plan.exprs:
-            if self.is_uniform(each):
+            if self.is_uniform(each) and each in self.plan.usual:
                 self.compute(each)
 
     def is_uniform(self, each: Expr) -> bool:
@@ -463,7 +466,7 @@ class Kernel(Writer):
         plan = self.plan
         for each in plan.exprs:
             here = plan.passes[each] == p and not plan.inner[each] and each.op != "reduce"
-            if here and not self.is_uniform(each):
+            if here and each in plan.usual and not self.is_uniform(each):
                 self.compute(each)
         if p == 0:
             accesses = [each.attr for each in plan.exprs if each.op == "load"]
@@ -760,6 +763,33 @@ class Kernel(Writer):
         pointer = self.at(self.tile, self.starts[u], memory(each.dtype))
         return self.load(pointer, each.dtype, self.lanes, self.active(u))
 
+    def emit_rare(self, each: Expr, u: int | None) -> str:
+        lanes, other = (0 if u is None else self.lanes), self.get(each.args[2], u)
+        here = condition = self.get(each.args[0], u)
+        if u is not None:
+            if self.masks:
+                here = self.arithmetic("and", bool_, lanes, [here, self.masks[u]])
+            here, _ = self.any_lane(here, lanes)
+        ends = [other, self.block]
+
+        def key(x: Expr) -> Any:
+            return (x, u) if self.varying[x] else x
+
+        def then() -> None:
+            with self.scope():
+                for x in ordered(
+                    each.args[1:2], lambda x: [] if key(x) in self.known else usual(x)
+                ):
+                    if key(x) not in self.known and x.op not in ("const", "axis"):
+                        self.known[key(x)] = self.evaluate(x, u if self.varying[x] else None)
+                found = self.get(each.args[1], u)
+                ends.append(self.select(condition, found, other, each.dtype, lanes))
+            ends.append(self.block)
+
+        self.when(here, then)
+        parts = f"[{ends[0]}, %{ends[1]}], [{ends[2]}, %{ends[3]}]"
+        return self.let(f"phi {typed(each.dtype, lanes)} {parts}")
+
     def emit_check(self, each: Expr, u: int | None) -> str:
         """An index, wrapped; out of range it is 0 and sets the flags, unless others are set."""
         lanes, x = (0 if u is None else self.lanes), self.get(each.args[0], u)
@@ -773,8 +803,7 @@ class Kernel(Writer):
         if u is not None:
             if self.masks:
                 bad = self.arithmetic("and", bool_, lanes, [bad, self.masks[u]])
-            bits = self.convert("bitcast", bad, f"<{lanes} x i1>", f"i{lanes}", 0)
-            bad = self.let(f"icmp ne i{lanes} {bits}, 0")
+            bad, bits = self.any_lane(bad, lanes)
         clear = self.test("eq", self.load("%scratch", int64, 0), 0)
 
         def flag() -> None:

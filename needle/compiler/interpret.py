@@ -22,7 +22,7 @@ import numpy as np
 import needle.dtype as dtypes
 from needle.compiler import loops
 from needle.compiler.loops import ROWS, Access, Buffer, Contraction, Expr, Nest, Scatter
-from needle.dtype import DType, float32, float64
+from needle.dtype import DType, bfloat16, float32, float64
 from needle.ops.elementwise import larger, smaller
 from needle.ops.order import SEGMENT, fold, sum_columns, sum_rows
 
@@ -228,7 +228,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "urem": unsigned(np.remainder), "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "shl": np.left_shift,
     "lshr": unsigned(np.right_shift), "ashr": shift_arithmetic, "lt": np.less,
-    "le": np.less_equal, "eq": np.equal, "ne": np.not_equal, "select": np.where,
+    "le": np.less_equal, "eq": np.equal, "ne": np.not_equal, "select": np.where, "rare": np.where,
 }  # fmt: skip
 
 
@@ -254,6 +254,8 @@ def accumulate(nest: Contraction, memory: Memory) -> np.ndarray:
     """A contraction's elements: segments of k in order, each a chain of fma from +0."""
     a = operand(nest.a, (*nest.batch, nest.m, nest.k), memory, nest.dtype)
     b = operand(nest.b, (*nest.batch, nest.n, nest.k), memory, nest.dtype)
+    if nest.dot:
+        a, b = (x.astype(bfloat16).astype(nest.dtype) for x in (a, b))
     total = None
     for start in range(0, max(nest.k, 1), SEGMENT):
         part = np.zeros((*nest.batch, nest.m, nest.n), nest.dtype)

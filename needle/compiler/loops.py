@@ -15,6 +15,8 @@ means. The grammar:
              | arithmetic: ARITHMETIC on equal dtypes    IEEE 754, integers wrap around
              | compare: lt le eq ne                      -> bool
              | select(c, a, b) | cast(x) | bitcast(x)
+             | rare(c, a, b)                       select; a is computed where some lane needs it,
+                                                   from arithmetic on what c and b read
              | reduce[kind](x)                           over the inner axis; kind of REDUCTIONS:
                                                          sum by `order`, fold by halving,
                                                          argmax the first index, the first NaN's
@@ -208,6 +210,11 @@ def select(condition: Expr, a: Any, b: Any) -> Expr:
     return a if a is b else expr("select", (condition, a, b), a.dtype)
 
 
+def rare(condition: Expr, a: Any, b: Any) -> Expr:
+    """select(condition, a, b) by a branch around a."""
+    return expr("rare", (condition, literal(a, b.dtype), b), b.dtype)
+
+
 def cast(x: Expr, dtype: DType) -> Expr:
     """x in another dtype: rounded to nearest even; floats to integers truncate and saturate, NaN
     gives 0; to bool: whether x is not 0."""
@@ -318,9 +325,10 @@ class Nest:
     def writes(self) -> set[Buffer]:
         return {store.access.buffer for store in self.stores}
 
-    def expressions(self) -> list[Expr]:
+    def expressions(self, *read: Callable[[Expr], Iterable[Expr]]) -> list[Expr]:
         """Every expression of the nest, each after its arguments."""
-        return ordered([*self.values, *(e for s in self.stores for e, _ in s.access.dynamic)])
+        roots = [*self.values, *(e for s in self.stores for e, _ in s.access.dynamic)]
+        return ordered(roots, *read)
 
 
 @dataclass(frozen=True)
@@ -340,7 +348,8 @@ class Contraction:
     chain of fma from zero, added in order. Then the epilogue's stores, whose `acc` is the element:
     a Nest of outer axes (*batch, m) and the inner axis n, without reductions.
 
-    float16 and bfloat16 operands are widened to float32, in which `acc` comes.
+    float16 and bfloat16 operands are widened to float32, in which `acc` comes. dot: operands are
+    rounded to bfloat16, and the processor's dot product may add two terms at once.
     """
 
     batch: tuple[int, ...]
@@ -351,6 +360,7 @@ class Contraction:
     b: Operand
     epilogue: Nest
     ops: tuple[Any, ...] = ()
+    dot: bool = False
 
     @property
     def dtype(self) -> DType:
@@ -416,8 +426,15 @@ def arguments(x: Expr) -> Iterator[Expr]:
             yield each
 
 
-def ordered(roots: Iterable[Expr]) -> list[Expr]:
-    """The roots and all below, each once and after its arguments; without recursion."""
+def usual(x: Expr) -> Iterable[Expr]:
+    """What x reads whether its rare case arises or not."""
+    return (x.args[0], x.args[2]) if x.op == "rare" else arguments(x)
+
+
+def ordered(
+    roots: Iterable[Expr], read: Callable[[Expr], Iterable[Expr]] = arguments
+) -> list[Expr]:
+    """The roots and all below, each once and after what it reads; without recursion."""
     found: dict[Expr, None] = {}
     entered: set[Expr] = set()
     stack = list(roots)[::-1]
@@ -430,7 +447,7 @@ def ordered(roots: Iterable[Expr]) -> list[Expr]:
             stack.pop()
         else:
             entered.add(each)
-            stack.extend(x for x in arguments(each) if x not in found)
+            stack.extend(x for x in read(each) if x not in found)
     return list(found)
 
 
@@ -570,7 +587,7 @@ def verify_expr(each: Expr) -> None:
         assert len(kinds) == 1, f"{each.op} of {kinds}"
         assert each.dtype == bool_
         assert not kinds & LOW_PRECISION, f"{each.op} in {kinds}"
-    elif each.op == "select":
+    elif each.op in ("select", "rare"):
         condition, a, b = each.args
         assert condition.dtype == bool_
         assert a.dtype == b.dtype == each.dtype

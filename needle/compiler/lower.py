@@ -83,7 +83,7 @@ def sign(op: Any, x: Expr) -> Expr:
 
 
 def relu(op: Any, x: Expr) -> Expr:
-    return maximum(x, 0) + 0 if x.dtype in FLOATS else maximum(x, 0)
+    return math.at_least(x, 0) + 0 if x.dtype in FLOATS else maximum(x, 0)
 
 
 def rounding(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
@@ -118,8 +118,9 @@ def integer_divide(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 def float_remainder(a: Expr, b: Expr) -> Expr:
     """a - floor(a / b) * b, exact, with b's sign."""
-    rest = binary("frem", a, b)
-    return select(rest.differs(0), select((b < 0) ^ (rest < 0), rest + b, rest), copysign(rest, b))
+    rest = math.fmod(a, b)
+    moved = rest + select((b < 0) ^ (rest < 0), b, literal(0, a.dtype))
+    return select(rest.differs(0), moved, copysign(rest, b))
 
 
 def copysign(x: Expr, y: Expr) -> Expr:
@@ -135,7 +136,7 @@ def remainder(op: Any, a: Expr, b: Expr) -> Expr:
 def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
     if a.dtype not in FLOATS:
         return integer_divide(a, b)[0]
-    rest = binary("frem", a, b)
+    rest = math.fmod(a, b)
     quotient = (a - rest) / b
     lower = rest.differs(0) & ((b < 0) ^ (rest < 0))
     quotient = select(lower, quotient - 1, quotient)
@@ -146,8 +147,14 @@ def floor_divide(op: Any, a: Expr, b: Expr) -> Expr:
 
 
 def clip(op: Any, x: Expr) -> Expr:
-    x = x if op.low is None else maximum(x, param(op.low, x.dtype))
-    return x if op.high is None else minimum(x, param(op.high, x.dtype))
+    x = x if op.low is None else bounded(x, op.low, maximum, math.at_least)
+    return x if op.high is None else bounded(x, op.high, minimum, math.at_most)
+
+
+def bounded(x: Expr, bound: Any, function: Callable[..., Expr], quick: Callable[..., Expr]) -> Expr:
+    """By the quick one where the bound is neither 0, whose sign would count, nor NaN."""
+    plain = x.dtype in FLOATS and bound == bound and bound != 0
+    return (quick if plain else function)(x, param(bound, x.dtype))
 
 
 def compare(name: str) -> Callable[..., Expr]:
@@ -193,7 +200,7 @@ ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.Log: unary_math("log"),
     ops.Log1p: unary_math("log1p"),
     ops.Sqrt: lambda op, x: sqrt(x),
-    ops.Rsqrt: lambda op, x: 1 / sqrt(x),
+    ops.Rsqrt: unary_math("rsqrt"),
     ops.Sin: unary_math("sin"),
     ops.Cos: unary_math("cos"),
     ops.Tanh: unary_math("tanh"),

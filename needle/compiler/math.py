@@ -1,21 +1,25 @@
-"""Functions of floats as expressions: exp, log, sin, ... of float32 and float64, without branches.
+"""Functions of floats as expressions: exp, log, sin, ... of float32 and float64, without branches
+but for rare cases.
 
 Each reduces its argument to a short interval, exactly where that matters, and evaluates a minimax
 polynomial there (Remez's algorithm, coefficients rounded one by one and the rest fitted again). The
 numbers behind a table are bounds of the polynomial's relative error. Kernels inline these and
 nothing optimises them: the number of operations is the cost. Errors are below 2 ULP; NaN,
-infinities, signed zeros and subnormals follow C99's annex F.
+infinities, signed zeros and subnormals follow C99's annex F. The processor's flags for invalid
+operations, division by zero and overflow are raised where finite arguments give infinity or NaN:
+`select` does not hide what the side not taken raises, so arguments are cleaned before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, nan, pi
-from typing import NamedTuple
+from math import inf, pi
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from needle.compiler.loops import Expr, absolute, bitcast, cast, floor, fma, literal, select, trunc
+from needle.compiler import loops
+from needle.compiler.loops import Expr, absolute, bitcast, cast, floor, fma, literal, rare, select
 from needle.dtype import DType, float32, float64, int32, int64
 
 uint32, uint64 = np.dtype(np.uint32), np.dtype(np.uint64)
@@ -33,6 +37,7 @@ class Format(NamedTuple):
     largest: float  # e^x is infinite from here on
     smallest: float  # e^x rounds to 0 from here on
     tiny: float  # x^2 vanishes beside x
+    far: float  # angles from here on are reduced by many digits of pi
 
     @property
     def sign(self) -> int:
@@ -41,11 +46,11 @@ class Format(NamedTuple):
 
 FORMATS = {
     float32: Format(
-        uint32, int32, 23, 127, 1.442695, (0.693145751953125, 1.4286068e-06), 89, -104, 1e-9
+        uint32, int32, 23, 127, 1.442695, (0.693145751953125, 1.4286068e-06), 89, -104, 1e-9, 1e5
     ),
     float64: Format(
         uint64, int64, 52, 1023, 1.4426950408889634,
-        (0.6931471805601177, -1.7239444525614835e-13), 710, -746, 1e-18,
+        (0.6931471805601177, -1.7239444525614835e-13), 710, -746, 1e-18, 1e9,
     ),
 }  # fmt: skip
 
@@ -116,6 +121,10 @@ COS = {
         -2.7557314210176734e-07, 2.0875704291130052e-09, -1.135868463816139e-11,
     ),
 }  # fmt: skip
+QUARTERS = {  # pi / 2 as sums of truncated numbers
+    float32: (1.570796251296997, 7.549789415861596e-08, 5.390302529957765e-15),
+    float64: (1.5707963267948966, 6.123233995736765e-17, 1.0828566739219139e-32),
+}
 # As EXP and LOG, for pow in float32, which computes in float64: 2^-34.0, 2^-38.4
 EXP_SHORT = (
     0.5000000071600974, 0.1666666582003101, 0.041666280493465935, 0.008333503764785918,
@@ -133,13 +142,13 @@ ATANH = (
     0.15386763938583192, 0.13256660053803032, 0.1319782610158234,
 )  # fmt: skip
 TWO_THIRDS = (0.6666666666666666, 3.700743415417188e-17)
-HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 TWO_OVER_PI = (  # its binary digits
     "A2F9836E4E441529FC2757D1F534DDC0DB6295993C439041FE5163ABDEBBC561B7246E3A424DD2E00649"
     "2EEA09D1921CFE1DEB1CB129A73EE88235F52EBB4484E99C7026B45F7E413991D639835339F49C845F8B"
     "BDF9283B1FF897FFDE05980FEF2F118B5A0A6D1F6D367ECF27CB09B74F463F669E5FEA2D7527BAC7EBE5"
     "F17B3D0739F78A5292EA6BFB5FB11F8D5D08560"
 )
+LN2 = 0.6931471805599453
 HUGE = 2.0**70  # |b log(a)| for any a but 1 is then beyond what exp takes; an even integer
 
 
@@ -151,13 +160,13 @@ def polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
     return found
 
 
-def at_most(x: Expr, bound: float) -> Expr:
+def at_most(x: Expr, bound: Any) -> Expr:
     """min(x, bound), in one instruction; NaN stays."""
     limit = literal(bound, x.dtype)
     return select(limit < x, limit, x)
 
 
-def at_least(x: Expr, bound: float) -> Expr:
+def at_least(x: Expr, bound: Any) -> Expr:
     limit = literal(bound, x.dtype)
     return select(x < limit, limit, x)
 
@@ -205,7 +214,7 @@ def exp(x: Expr) -> Expr:
     return polynomial(reduced(x, m, 2), (1, 1, *EXP[x.dtype])) * scale * scale
 
 
-def growth(x: Expr, shift: int = 0) -> tuple[Expr, Expr]:
+def growth(x: Expr, shift: int = 0, near: bool = False) -> tuple[Expr, Expr]:
     """(s 2^shift, q) with e^x = s (1 + q), s a power of 2 and |q| < 1/2.
 
     In float64 the rounding of r = x - n ln(2) is put right: where e^x - 1 = 2 q + 1 cancels, near
@@ -213,7 +222,7 @@ def growth(x: Expr, shift: int = 0) -> tuple[Expr, Expr]:
     """
     n, scale = nearest(x, FORMATS[x.dtype].log2e, shift)
     if x.dtype == float32:
-        r = reduced(x, n)
+        r = fma(n, -LN2, x) if near else reduced(x, n)
         return scale, fma(r * r, polynomial(r, EXPM1[x.dtype]), r)
     high, low = FORMATS[x.dtype].ln2
     first, rest = fma(n, -high, x), n * -low
@@ -233,20 +242,37 @@ def tanh(x: Expr) -> Expr:
     """y = t / (t + 1) with t = (e^(2 |x|) - 1) / 2, and one step of Newton's for what rounding took
     from it: y + (t - y - y t) / (t + 1), where 1 / (t + 1) = 1 - y; 1 where 1 is the last bit of
     t."""
-    a = absolute(x)
+    limit, whole = 8.66 if x.dtype == float32 else 18.71, absolute(x)
+    a = at_most(whole, limit)
     scale, q = growth(a + a, -1)
     t = fma(scale, q, scale - 0.5)
     y = t / (t + 1)
     y = fma(fma(-y, t, t - y), 1 - y, y)
-    limit = literal(8.66 if x.dtype == float32 else 18.71, x.dtype)
-    return flip_sign(select(limit < a, literal(1, x.dtype), y), sign_of(x))
+    return flip_sign(select(whole > limit, literal(1, x.dtype), y), sign_of(x))
 
 
 def erf(x: Expr) -> Expr:
     """1 - e^(-t) with t = -log(erfc(|x|)), which is |x| times a polynomial."""
     a = at_most(absolute(x), 3.93 if x.dtype == float32 else 5.93)
-    scale, q = growth(-fma(a, polynomial(a, ERF[x.dtype]), a))
+    scale, q = growth(-fma(a, polynomial(a, ERF[x.dtype]), a), near=True)
     return flip_sign(fma(-scale, q, 1 - scale), sign_of(x))
+
+
+# Roots
+
+
+def rsqrt(x: Expr) -> Expr:
+    """1 / sqrt(x): a guess that halves the exponent (Lomont, 2003), and two steps of Householder's,
+    y + y e / 2 + 3 y e^2 / 8 + ... with e = 1 - x y^2."""
+    form, single = FORMATS[x.dtype], x.dtype == float32
+    usual = within(x, 1 << form.fraction)
+    a = select(usual, x, literal(1, x.dtype))
+    start = literal(0x5F3759DF if single else 0x5FE6EB50C7B537A9, form.bits)
+    y = bitcast(start - (bitcast(a, form.bits) >> 1), x.dtype)
+    for terms in (3, 1 if single else 3):
+        e = fma(-(a * y), y, 1)
+        y = fma(y * e, polynomial(e, (0.5, 0.375, 0.3125)[:terms]), y)
+    return rare(~usual, 1 / loops.sqrt(x), y)
 
 
 # Logarithms
@@ -270,13 +296,23 @@ def normal(x: Expr) -> tuple[Expr, Expr]:
     form = FORMATS[x.dtype]
     small = x < 2.0 ** (1 - form.bias)
     shift = form.fraction + 1
-    return select(small, x * 2.0**shift, x), select(small, literal(-shift, x.dtype), 0)
+    factor = select(small, literal(2.0**shift, x.dtype), 1)
+    return x * factor, select(small, literal(-shift, x.dtype), 0)
+
+
+def within(x: Expr, lowest: int) -> Expr:
+    """Whether x lies between the float of these bits and infinity."""
+    form = FORMATS[x.dtype]
+    above = (1 << form.fraction) * (2 * form.bias + 1)
+    return bitcast(x, form.bits) - lowest < above - lowest
 
 
 def domain(y: Expr, x: Expr, pole: float) -> Expr:
-    """y where x lies between a logarithm's pole and infinity, else -inf, infinity or NaN."""
+    """y where x lies between a logarithm's pole and infinity, else -1 / 0, 0 / 0, infinity or NaN:
+    a quotient, as the processor's flags tell what became infinite or NaN here."""
     y = select(x < inf, y, x)
-    return select(x > pole, y, select(x.equals(pole), literal(-inf, x.dtype), nan))
+    y = select(x.equals(pole), literal(-1, x.dtype), select(x < pole, literal(0, x.dtype), y))
+    return y / select(x <= pole, literal(0, x.dtype), 1)
 
 
 def log_near_one(f: Expr, coefficients: Sequence[float]) -> Expr:
@@ -284,12 +320,17 @@ def log_near_one(f: Expr, coefficients: Sequence[float]) -> Expr:
     return fma(f * f, polynomial(f, coefficients), f)
 
 
+def log_normal(x: Expr, less: Expr | int = 0) -> Expr:
+    """log(m) + k ln(2) with x = m 2^k, for k + less; ln(2) is by chance so near a float that no
+    rest is added."""
+    k, exponent = split(x, 2 / 3)
+    k = k + less if isinstance(less, Expr) else k
+    return fma(k, LN2, log_near_one(scaled(x, exponent) - 1, LOG[x.dtype]))
+
+
 def log(x: Expr) -> Expr:
-    """log(m) + k ln(2) with x = m 2^k; ln(2) is by chance so near a float that no rest is added."""
-    large, less = normal(x)
-    k, exponent = split(large, 2 / 3)
-    y = log_near_one(scaled(large, exponent) - 1, LOG[x.dtype])
-    return domain(fma(k + less, 0.6931471805599453, y), x, 0)
+    special = ~within(x, 1 << FORMATS[x.dtype].fraction)
+    return rare(special, domain(log_normal(*normal(x)), x, 0), log_normal(x))
 
 
 def log1p(x: Expr) -> Expr:
@@ -297,18 +338,19 @@ def log1p(x: Expr) -> Expr:
 
     2^(2 - k) stands for 2^-k, which may be subnormal.
     """
-    form = FORMATS[x.dtype]
-    k, exponent = split(1 + x, 2 / 3)
+    form, total = FORMATS[x.dtype], 1 + x
+    k, exponent = split(total, 2 / 3)
     scale = bitcast((form.bias + 2 << form.fraction) - exponent, x.dtype)
     f = fma(scale, x * 0.25, fma(scale, 0.25, -1))
-    y = fma(k, 0.6931471805599453, log_near_one(f, LOG[x.dtype]))
-    return domain(select(absolute(x) < form.tiny, x, y), x, -1)
+    y = fma(k, LN2, log_near_one(f, LOG[x.dtype]))
+    y = select(absolute(x) < form.tiny, x, y)
+    return rare(~within(total, 1), domain(y, x, -1), y)
 
 
 # Trigonometric functions (Payne and Hanek, ACM SIGNUM Newsletter 18(1), 1983)
 #
 # |x| is a significand M times 2^e. Of its product with the binary digits of 2/pi those count that
-# stand for less than 4 quarter turns. What |x| < pi/4 gives is not used, its shifts included.
+# stand for less than 4 quarter turns. What small |x| give is not used, their shifts included.
 
 
 def digits(start: int) -> Expr:
@@ -328,23 +370,6 @@ def turns(angle: Expr) -> tuple[Expr, Expr]:
     return quarters, bitcast(angle - (quarters << 62), int64)
 
 
-def reduce_single(a: Expr) -> tuple[Expr, Expr]:
-    """(quarter turns, the rest in radians) of a float32 >= 0, by 96 digits."""
-    bits = cast(bitcast(a, uint32), uint64)
-    significand = (bits & 0x7FFFFF) | 0x800000
-    place = (bits >> 23) - 126
-    first, second, skipped = digits(-25), digits(39), literal(0, uint64)
-    for n in (32, 64, 96):
-        beyond = a >= 2.0 ** (n - 1)
-        first = select(beyond, digits(n - 25), first)
-        second = select(beyond, digits(n + 39), second)
-        skipped = select(beyond, literal(n, uint64), skipped)
-    place = place - skipped
-    low = (second << place) >> 32
-    quarters, rest = turns(significand * funnel(first, second, place) + (significand * low >> 32))
-    return cast(quarters, uint32), cast(cast(rest, float64) * (HALF_PI[0] * 2.0**-62), float32)
-
-
 def upper_product(a: Expr, b: Expr) -> Expr:
     """The upper half of a * b for a < 2^54."""
     low = literal((1 << 32) - 1, uint64)
@@ -354,15 +379,14 @@ def upper_product(a: Expr, b: Expr) -> Expr:
     return a1 * b1 + (cross >> 32) + (middle >> 32)
 
 
-def reduce_double(a: Expr) -> tuple[Expr, tuple[Expr, Expr]]:
-    """(quarter turns, the rest in radians and what it lacks) of a float64 >= 0, by 192 digits."""
-    bits = bitcast(a, uint64)
-    below = a < 1
-    significand = (bits & (1 << 52) - 1) | 1 << 52
-    significand = select(below, significand, significand << 1)
-    place = select(below, literal(0, uint64), (bits >> 52) - 1023)
-    words = [digits(start) for start in range(-54, 64 * 19 - 54, 64)]
-    for n in (8, 4, 2, 1):
+def reduce_large(a: Expr) -> tuple[Expr, Expr]:
+    """(quarter turns, the rest in radians) of a float >= 0, by 192 digits."""
+    bits = bitcast(cast(a, float64), uint64)
+    significand = (bits & (1 << 52) - 1) << 1 | 1 << 53
+    place = (bits >> 52) - 1023
+    steps = (1,) if a.dtype == float32 else (8, 4, 2, 1)
+    words = [digits(64 * i - 54) for i in range(2 * steps[0] + 3)]
+    for n in steps:
         beyond = (place & 64 * n).differs(0)
         words = [select(beyond, words[i + n], words[i]) for i in range(n + 3)]
     first, second, third = (funnel(words[i], words[i + 1], place & 63) for i in range(3))
@@ -371,46 +395,55 @@ def reduce_double(a: Expr) -> tuple[Expr, tuple[Expr, Expr]]:
     carry = select(low < middle, literal(1, uint64), 0)
     high = significand * first + upper_product(significand, second) + carry
     quarters, rest = turns(high)
-    return quarters, radians(rest, low)
+    return cast(quarters, FORMATS[a.dtype].bits), cast(radians(rest, low), a.dtype)
 
 
-def radians(high: Expr, low: Expr) -> tuple[Expr, Expr]:
-    """high + low 2^-64, in units of 2^-62 quarter turns, in radians as a sum of two floats."""
-    top = cast(high >> 32, float64)
-    middle = cast(high & (1 << 32) - 1, float64)
-    bottom = cast(bitcast(low >> 11, int64), float64)
-    total = fma(top, 2.0**32, middle)
-    rest = fma(bottom, 2.0**-53, fma(top, 2.0**32, -total) + middle)
-    total, rest = fast_sum(total, rest)
-    factors = [x * 2.0**-62 for x in HALF_PI]
-    r = total * factors[0]
-    return r, fma(total, factors[0], -r) + fma(total, factors[1], rest * factors[0])
+def radians(high: Expr, low: Expr) -> Expr:
+    """high + low 2^-64, in units of 2^-62 quarter turns, in radians; |high| <= 2^61."""
+    total = cast(high >> 10, float64)
+    rest = (bitcast(high, uint64) & 1023) << 53 | (low >> 11)
+    rest = cast(bitcast(rest, int64), float64) * 2.0**-63
+    first, second = (x * 2.0**-52 for x in QUARTERS[float64][:2])
+    return fma(total, first, fma(total, second, rest * first))
 
 
-def sine(a: Expr, more: int, sign: Expr | int) -> Expr:
-    """The sine of a >= 0 and `more` quarter turns; `sign` flips it."""
-    if a.dtype == float32:
-        (quarters, r), rest = reduce_single(a), None
-    else:
-        quarters, (r, rest) = reduce_double(a)
-    small = a < pi / 4
-    r = select(small, a, select(a < inf, r, nan))
-    quarters = select(small, literal(0, quarters.dtype), quarters) + more
-    z = r * r
-    sin, cos = r * z * polynomial(z, SIN[a.dtype]), z * polynomial(z, (-0.5, *COS[a.dtype]))
-    if rest is not None:
-        rest = select(small, literal(0, a.dtype), rest)
-        sin, cos = sin + rest, fma(-r, rest, cos)
-    y = select((quarters & 1).differs(0), cos + 1, sin + r)
-    return flip_sign(y, (quarters & 2) << 8 * a.dtype.itemsize - 2 ^ sign)
+def reduce_small(a: Expr) -> tuple[Expr, Expr]:
+    """(quarter turns, the rest in radians) of a float >= 0 far below 2^fraction.
+
+    The first product leaves no rounding, and the second one that counts only where the third does
+    not.
+    """
+    form = FORMATS[a.dtype]
+    magic = 1.5 * 2.0**form.fraction
+    total = fma(a, 2 / pi, magic)
+    for part in QUARTERS[a.dtype]:
+        a = fma(total - magic, -part, a)
+    return bitcast(total, form.bits), a
+
+
+def sine(x: Expr, more: int, sign: Expr | int) -> Expr:
+    """The sine of |x| and `more` quarter turns; `sign` flips it."""
+
+    def of(quarters: Expr, r: Expr) -> Expr:
+        quarters, z = quarters + more, r * r
+        sin = fma(r * z, polynomial(z, SIN[a.dtype]), r)
+        cos = fma(z, polynomial(z, (-0.5, *COS[a.dtype])), 1)
+        y = select((quarters & 1).differs(0), cos, sin)
+        return flip_sign(y, (quarters & 2) << 8 * a.dtype.itemsize - 2 ^ sign)
+
+    a = absolute(x)
+    small = a < FORMATS[a.dtype].far
+    quarters, r = reduce_large(a)
+    near = of(*reduce_small(select(small, a, literal(0, a.dtype))))
+    return rare(~small, of(quarters, r + (a - a)), near)  # infinity - infinity is NaN
 
 
 def sin(x: Expr) -> Expr:
-    return sine(absolute(x), 0, sign_of(x))
+    return sine(x, 0, sign_of(x))
 
 
 def cos(x: Expr) -> Expr:
-    return sine(absolute(x), 1, 0)
+    return sine(x, 1, 0)
 
 
 # Powers
@@ -455,27 +488,20 @@ def precise_log(x: Expr) -> tuple[Expr, Expr]:
     return total, rest + fma(k, low, y_rest)
 
 
-def bounded(y: Expr, x: Expr) -> Expr:
-    """y = log(x), also where x is 0, infinite or NaN."""
-    return select(x.equals(0), literal(-inf, x.dtype), select(x < inf, y, x))
-
-
 def power_single(a: Expr, b: Expr) -> Expr:
-    """a^b of float32 for a >= 0, in float64."""
-    a, b = cast(a, float64), at_least(at_most(cast(b, float64), HUGE), -HUGE)
+    """a^b of float32 for a > 0, in float64."""
+    a, b = cast(a, float64), cast(b, float64)
     k, exponent = split(a, 2 / 3)
     y = log_near_one(scaled(a, exponent) - 1, LOG_SHORT)
-    product = b * bounded(fma(k, 0.6931471805599453, y), a)
-    product = at_least(at_most(product, 200), -200)
+    product = at_least(at_most(b * fma(k, LN2, y), 200), -200)
     n, scale = nearest(product, FORMATS[float64].log2e)
     return cast(polynomial(reduced(product, n), (1, 1, *EXP_SHORT)) * scale, float32)
 
 
 def power_double(a: Expr, b: Expr) -> Expr:
-    """a^b of float64 for a >= 0."""
-    b = at_least(at_most(b, HUGE), -HUGE)
+    """a^b of float64 for a > 0."""
     log, log_rest = precise_log(a)
-    x, rest = product(b, bounded(log, a))
+    x, rest = product(b, log)
     rest = select(absolute(x) < 1000, fma(b, log_rest, rest), 0)
     x = clamped(x)
     m, scale = nearest(x, FORMATS[float64].log2e / 2)
@@ -486,13 +512,30 @@ def power_double(a: Expr, b: Expr) -> Expr:
 
 
 def pow(a: Expr, b: Expr) -> Expr:  # noqa: A001
-    """a^b"""
-    y = (power_single if a.dtype == float32 else power_double)(absolute(a), b)
-    whole, half = trunc(b).equals(b), b * 0.5
+    """a^b: |a|^b where both are of use, and the rest as a rare case."""
+    one, size = literal(1, a.dtype), absolute(a)
+    usual = (size > 0) & (size < inf) & (absolute(b) < HUGE)
+    power = power_single if a.dtype == float32 else power_double
+    y = power(select(usual, size, one), select(usual, b, one))
+    return rare(~(usual & (a > 0)), special_power(a, b, y, usual), y)
+
+
+def special_power(a: Expr, b: Expr, y: Expr, usual: Expr) -> Expr:
+    """a^b from y, which is |a|^b where that is usual. What finite numbers make infinite is a
+    quotient by 0, a root of a negative number 0 / 0."""
+    size, one, zero = absolute(a), literal(1, a.dtype), literal(0, a.dtype)
+    grows = (size > 1).equals(b > 0)
+    finite = (size < inf) & (absolute(b) < inf)
+    trivial = usual | size.equals(1) | b.equals(0)
+    end = select(grows, select(finite, one, inf), zero)
+    y = select(usual, y, select(trivial, one, end))
+    whole, half = loops.trunc(b).equals(b), b * 0.5
     odd = whole & floor(half).differs(half)
-    y = flip_sign(y, select(odd, sign_of(a), 0))
-    y = select((a < 0) & (a > -inf) & ~whole, literal(nan, a.dtype), y)
-    return select(b.equals(0) | a.equals(1), literal(1, a.dtype), y)
+    root = (a < 0) & (a > -inf) & ~whole
+    y = flip_sign(select(root, zero, y), select(odd, sign_of(a), 0))
+    y = y / select(root | (grows & finite & ~trivial), zero, one)
+    y = select(a.equals(a), select(b.equals(b), y, b), a)
+    return select(b.equals(0) | a.equals(1), one, y)
 
 
 def integer_power(a: Expr, b: Expr) -> Expr:
@@ -511,7 +554,18 @@ def integer_power(a: Expr, b: Expr) -> Expr:
     return select(b < 0, select(a.equals(1), one, unit), y)
 
 
+def fmod(a: Expr, b: Expr) -> Expr:
+    """a - trunc(a / b) b, exact. A quotient below 2^fraction is rounded up at most to the next
+    integer."""
+    x, y = absolute(a), absolute(b)
+    near = (x * 2.0 ** -FORMATS[a.dtype].fraction < y) & (y < inf)
+    y = select(near, y, literal(1, a.dtype))
+    rest = fma(-loops.trunc(x / y), y, x)
+    rest = flip_sign(rest + select(rest < 0, y, literal(0, a.dtype)), sign_of(a))
+    return rare(~near, loops.binary("frem", a, b), rest)
+
+
 MATH: dict[str, Callable[..., Expr]] = {
     "exp": exp, "expm1": expm1, "log": log, "log1p": log1p, "tanh": tanh, "sin": sin, "cos": cos,
-    "erf": erf, "pow": pow, "integer_power": integer_power,
+    "erf": erf, "rsqrt": rsqrt, "pow": pow, "integer_power": integer_power,
 }  # fmt: skip

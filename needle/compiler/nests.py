@@ -58,7 +58,7 @@ from needle.compiler.lower import (
     filler,
     random_uniform,
 )  # fmt: skip
-from needle.dtype import LOW_PRECISION, bool_, float32, int64
+from needle.dtype import LOW_PRECISION, bfloat16, bool_, float32, int64
 from needle.ops.index import Gather
 from needle.ops.reduce import CumSum
 
@@ -385,7 +385,8 @@ def build_contraction(layout: Layout, group: Group, stored: Sequence[Node]) -> C
     evaluator.table = {axis: coordinate(axis) for axis in range(count + 2)}
     stores = evaluator.stores(stored)
     epilogue = Nest((*batch, m), n, ROWS, tuple(stores), tuple(group.nodes))
-    return Contraction(batch, m, n, k, left, right, epilogue, tuple(group.nodes))
+    dot = node.op.dot and left.buffer.dtype in (float32, bfloat16)
+    return Contraction(batch, m, n, k, left, right, epilogue, tuple(group.nodes), dot)
 
 
 def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequence[int]) -> Operand:

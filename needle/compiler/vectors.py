@@ -208,6 +208,11 @@ class Writer:
     def lane(self, x: str, dtype: DType, lanes: int, place: str = "i64 0") -> str:
         return self.let(f"extractelement {typed(dtype, lanes)} {x}, {place}")
 
+    def any_lane(self, mask: str, lanes: int) -> tuple[str, str]:
+        """(whether a mask is true somewhere, its bits as an integer)"""
+        bits = self.convert("bitcast", mask, f"<{lanes} x i1>", f"i{lanes}", 0)
+        return self.let(f"icmp ne i{lanes} {bits}, 0"), bits
+
     def half(self, x: str, dtype: DType, lanes: int, start: int) -> str:
         """Half of a vector, from a lane on."""
         kind, places = (
@@ -280,16 +285,21 @@ class Writer:
         return self.convert(op, x, register(source), register(target), lanes)
 
     def saturate(self, x: str, source: DType, target: DType, lanes: int) -> str:
-        """A float as an integer. LLVM's own fptosi.sat is not vectorised for x86; outside the
-        range the instruction gives something, which is replaced."""
-        kind, bounds = typed(target, lanes), np.iinfo(target)
-        op = "fptosi" if target.kind == "i" else "fptoui"
-        found = self.convert(op, x, register(source), register(target), lanes)
-        found = self.let(f"freeze {kind} {found}")
-        ends = (("oge", float(bounds.max) + 1, bounds.max), ("olt", bounds.min, bounds.min))
-        for relation, end, value in (*ends, ("uno", 0, 0)):
+        """A float as an integer. LLVM's own fptosi.sat is not vectorised for x86; what is outside
+        the range is kept from the instruction, as it would raise a flag."""
+        bounds, zero = np.iinfo(target), constant(0, source, lanes)
+        ends = (("olt", bounds.min, bounds.min), ("oge", float(bounds.max) + 1, bounds.max))
+        tests, near = (
+            [],
+            self.select(self.compare("eq", source, lanes, x, x), x, zero, source, lanes),
+        )
+        for relation, end, _ in ends:
             bound = constant(float(end), source, lanes)
-            outside = self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}")
+            tests.append(self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}"))
+            near = self.select(tests[-1], zero, near, source, lanes)
+        op = "fptosi" if target.kind == "i" else "fptoui"
+        found = self.convert(op, near, register(source), register(target), lanes)
+        for outside, (_, _, value) in zip(tests, ends, strict=True):
             found = self.select(outside, constant(value, target, lanes), found, target, lanes)
         return found
 

@@ -21,7 +21,7 @@ from needle.ops import (
     log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
     softplus, tanh,
 )
-from needle.ops.elementwise import Operand, as_float
+from needle.ops.elementwise import Operand, as_float, narrowed
 # fmt: on
 # isort: on
 
@@ -33,6 +33,7 @@ def linear(x: Operand, weight: Tensor, bias: Maybe = None) -> Tensor:
     y = matmul(x, weight)
     if bias is None:
         return y
+    bias = narrowed(bias)
     return y + (bias.reshape(y.shape) if y.ndim == 1 else bias)
 
 

@@ -16,7 +16,7 @@ from traceback import walk_stack
 from typing import Any, NamedTuple, Self, dataclass_transform
 
 from needle.array.ndarray import NDArray
-from needle.autograd import HOLDERS, MODE, Tensor
+from needle.autograd import MODE, Holder, Tensor
 from needle.backend.device import Device
 from needle.dtype import FLOATS, INTEGERS, DType, as_dtype
 
@@ -132,7 +132,7 @@ class Mismatch(NamedTuple):
     unexpected: list[str]
 
 
-class Module:
+class Module(Holder):
     """A function of tensors with parameters: write `__init__` and `forward`, call the module.
 
     There is nothing to initialise: `super().__init__()` may be called or left out.
@@ -142,11 +142,6 @@ class Module:
     training: bool = True
     unnamed: str = ""  # the attribute whose items are named by their index alone
     _hooks: tuple[Handle, ...] = ()
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        module = object.__new__(cls)
-        HOLDERS[id(module)] = module
-        return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output for inputs."""

@@ -1,8 +1,8 @@
 """The ops: primitives, composites made of them, and the functions that users call.
 
 Read elementwise.py, movement.py, reduce.py, contract.py, index.py (primitives), then composite.py,
-activation.py, normalize.py, loss.py, update.py (composites), random.py, tuples.py. This file names
-them all and registers them as the operators of Tensor and NDArray.
+activation.py, normalize.py, loss.py, update.py (composites), random.py, tuples.py, precision.py
+(autocast). This file names them all and registers them as the operators of Tensor and NDArray.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Any
 
 from needle.array import ndarray
 from needle.array.ndarray import NDArray
-from needle.autograd import OPS, Op, Tensor, TensorOp, TensorTuple, TensorTupleOp, no_grad
+from needle.autograd import OPS, Op, Tensor, TensorOp, TensorTuple, TensorTupleOp, mode
 
 # fmt: off
+from needle.ops import precision
 from needle.ops.activation import (
     ELU, GELU, LeakyReLU, Sigmoid, SiLU, Softplus, elu, gelu, leaky_relu, sigmoid, silu,
     softplus,
 )
 from needle.ops.composite import Composite, CompositeTuple
-from needle.ops.contract import MatMul, einsum, matmul, outer, tensordot
+from needle.ops.contract import (
+    MatMul, einsum, get_matmul_precision, matmul, outer, set_matmul_precision, tensordot,
+)
 from needle.ops.device import ToDevice, to_device
 from needle.ops.elementwise import (
     Abs, AddScalar, BroadcastTo, Cast, Ceil, Clip, Cos, DivScalar, Equal, Erf, EWiseAdd,
@@ -117,7 +120,7 @@ def on_arrays(function: Callable[..., Tensor]) -> Callable[..., NDArray]:
         for x in args:
             if isinstance(x, Tensor):
                 return NotImplemented  # `array + tensor` is the Tensor's to answer
-        with no_grad():
+        with mode(grad=False, autocast=None):
             tensors = [Tensor.make_const(x) if isinstance(x, NDArray) else x for x in args]
             return function(*tensors, **kwargs).realize_cached_data()
 
@@ -126,6 +129,7 @@ def on_arrays(function: Callable[..., Tensor]) -> Callable[..., NDArray]:
 
 for name, function in FUNCTIONS.items():
     setattr(OPS, name, function)
+OPS.cast_operands, OPS.casts = precision.cast_operands, precision.CASTS
 for name, function in METHODS.items():
     setattr(Tensor, name, as_method(function))
 for name, function in ARRAY_METHODS.items():

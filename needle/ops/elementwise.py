@@ -18,6 +18,7 @@ import needle.dtype as dtypes
 from needle.array.ndarray import NDArray
 from needle.array.spec import Spec, broadcast_shapes
 from needle.autograd import (
+    MODE,
     OPS,
     History,
     Tensor,
@@ -163,6 +164,8 @@ class Elementwise(TensorOp):
 
 def apply_aligned(op: TensorOp, inputs: Sequence[Tensor]) -> Tensor:
     """The node of an elementwise op on inputs broadcast together."""
+    if MODE.autocast is not None:
+        inputs = OPS.cast_operands(op, inputs)
     shape = broadcast_shapes(op_name(op), *[x.shape for x in inputs])
     spec = op.specs_of(tuple([part for x in inputs for part in (shape, x.dtype)]))
     if is_lazy():
@@ -248,6 +251,20 @@ def astype(x: Operand, dtype: Any) -> Tensor:
         return x
     dtype = dtypes.as_dtype(dtype)
     return x if x.dtype == dtype else Tensor.make_from_op(Cast(dtype), (x,))
+
+
+NARROWABLE = FLOATS - {float64}
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where that is on; float64 and integers as they are."""
+    return x if MODE.autocast is None or x.dtype not in NARROWABLE else astype(x, MODE.autocast)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 where autocast is on and x is of low precision."""
+    stays = MODE.autocast is None or x.dtype not in dtypes.LOW_PRECISION
+    return x if stays else astype(x, dtypes.float32)
 
 
 @primitive

@@ -14,7 +14,7 @@ from needle.dtype import int64
 from needle.errors import expect
 from needle.ops import elementwise as ew
 from needle.ops.composite import Composite
-from needle.ops.elementwise import Operand, as_float, as_tensor, astype
+from needle.ops.elementwise import Operand, as_float, as_tensor, astype, widened
 from needle.ops.index import as_indices
 from needle.ops.movement import reshape, unsqueeze
 from needle.ops.normalize import logsoftmax
@@ -94,7 +94,7 @@ class PairLoss(Composite):
 
 
 def pair_loss(name: str, reduction: str, settings: Any, x: Operand, *others: Operand) -> Tensor:
-    x = as_float(x)
+    x = widened(as_float(x))
     given = (astype(as_tensor(each, x), x.dtype) for each in others if each is not None)
     return PairLoss(name, reduction, settings)(x, *given)
 
@@ -192,7 +192,7 @@ def class_loss(
     name: str, x: Operand, labels: Operand, weight: Operand, ignore_index: int, smoothing: float,
     reduction: str,
 ) -> Tensor:  # fmt: skip
-    x = as_float(x)
+    x = widened(as_float(x))
     labels = astype(as_indices(f"{name} labels", labels, x), int64)
     more = () if weight is None else (astype(as_tensor(weight, x).detach(), x.dtype),)
     loss = ClassLoss(name, ignore_index, smoothing, reduction)(x, labels, *more)

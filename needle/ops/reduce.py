@@ -15,7 +15,7 @@ from needle.array.spec import Spec, as_axes, as_axis
 from needle.autograd import Tensor, TensorOp, no_grad, op_name, primitive
 from needle.dtype import FLOATS, bool_, int64
 from needle.errors import expect
-from needle.ops.elementwise import Operand, as_float, as_tensor, astype, equal, where
+from needle.ops.elementwise import Operand, as_float, as_tensor, astype, equal, where, widened
 from needle.ops.movement import flip, on_axis, pad, permute, reshape, split, widen, without
 
 
@@ -145,7 +145,7 @@ def all(x: Operand, axes: Any = None, *, axis: Any = None, keepdims: bool = Fals
 def prod(x: Operand, axes: Any = None, *, axis: Any = None, keepdims: bool = False) -> Tensor:
     """Product over axes, by halving; integers and bools give int64. The gradient is exact where
     elements are 0."""
-    x = as_tensor(x)
+    x = widened(as_tensor(x))
     x = x if x.dtype in FLOATS else astype(x, int64)
     found = pick_axes("prod", x, axes, axis)
     kept = without(x.shape, found)
@@ -245,7 +245,7 @@ def norm(
     |x| is scaled by its largest element first, so that squares neither overflow nor vanish. The
     gradient of the 2-norm at 0 is 0.
     """
-    x = as_float(x)
+    x = widened(as_float(x))
     found = pick_axes("norm", x, axes, axis)
     size = astype(~equal(x, 0), x.dtype) if ord == 0 else abs(x)
     if ord in (math.inf, -math.inf):

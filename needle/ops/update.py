@@ -3,18 +3,21 @@
 Every update takes (parameter, gradient, learning rate, other numbers, states) and gives (parameter,
 states); needle.optim keeps the states. What changes from step to step is a 0-d float64 tensor, cast
 once. States, and the arithmetic, are in the parameter's dtype, or in float32 where that is float16
-or bfloat16. ClippedByNorm limits gradients before an update.
+or bfloat16. ClippedByNorm limits gradients before an update; Unscaled and ScaleUpdate are those of
+a loss that was scaled.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from needle.autograd import Tensor, primitive
 from needle.dtype import LOW_PRECISION, DType, float32, promote
 from needle.ops.composite import CompositeTuple
-from needle.ops.elementwise import astype, maximum, minimum, rsqrt, sign, sqrt
+from needle.ops.elementwise import astype, isnan, maximum, minimum, rsqrt, sign, sqrt, where
 from needle.ops.movement import stack, unsqueeze
 from needle.ops.normalize import average
-from needle.ops.reduce import norm
+from needle.ops.reduce import norm, summation
 
 
 def working_dtype(dtype: DType) -> DType:
@@ -224,3 +227,39 @@ class ClippedByNorm(CompositeTuple):
         scale = minimum(self.max_norm / (total + 1e-6), 1.0)
         clipped = (x * astype(scale, x.dtype) for x in wide)
         return (total, *(astype(x, g.dtype) for x, g in zip(clipped, grads, strict=True)))
+
+
+@primitive
+class Unscaled(CompositeTuple):
+    """(whether an infinity or NaN is among the results, g1 / scale, g2 / scale, ...)
+
+    That is one sum of 0 * g over all: NaN if there is, else 0. Inputs scale (0-d, float64), g1, ...
+    """
+
+    def expand(self, scale: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        wide = [astype(g, working_dtype(g.dtype)) for g in grads]
+        found = [g * astype(1.0 / scale, g.dtype) for g in wide]
+        sums = [astype(summation(g * 0.0), float32) for g in found]
+        results = (astype(x, g.dtype) for x, g in zip(found, grads, strict=True))
+        return isnan(summation(stack(sums, 0))), *results
+
+
+@primitive
+class ScaleUpdate(CompositeTuple):
+    """(scale, steps): the loss scale after a step, and how many steps it has stood since
+
+    scale * backoff where the step found an infinity, scale * growth after `interval` steps without
+    one, unless float32 cannot hold it (Micikevicius et al., 2018). Inputs scale, steps (0-d,
+    float64), found (bool).
+    """
+
+    growth: float
+    backoff: float
+    interval: float
+
+    def expand(self, scale: Tensor, steps: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        steps, grown = where(found, 0.0, steps + 1.0), scale * self.growth
+        full = steps >= self.interval
+        grows = full & (grown <= float(np.finfo(np.float32).max))
+        stands = where(grows, grown, scale)
+        return where(found, scale * self.backoff, stands), where(full, 0.0, steps)

@@ -1,7 +1,8 @@
 """Optimizers, gradient clipping and learning rate schedules.
 
 Read options.py (what numbers may be), clipping.py, optimizer.py (the base), rules.py (the
-optimizers), schedules.py. The arithmetic of the updates stands in needle/ops/update.py.
+optimizers), scaling.py (of losses), schedules.py. The arithmetic of the updates stands in
+needle/ops/update.py.
 """
 
 # fmt: off
@@ -9,6 +10,7 @@ optimizers), schedules.py. The arithmetic of the updates stands in needle/ops/up
 from needle.optim.clipping import clip_grad_norm, clip_grad_value
 from needle.optim.optimizer import Optimizer, ParameterGroup
 from needle.optim.rules import SGD, Adafactor, Adagrad, Adam, AdamW, Lion, RMSprop
+from needle.optim.scaling import GradScaler
 from needle.optim.schedules import (
     ConstantLR, CosineLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau, Schedule, StepLR,
 )

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from numbers import Real
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from needle.array.ndarray import NDArray
-from needle.autograd import HOLDERS, Tensor, no_grad
+from needle.autograd import Holder, Tensor, mode
 from needle.backend.device import Device
 from needle.init import zeros
 from needle.ops.update import working_dtype
@@ -71,7 +71,7 @@ class ParameterGroup:
         return f"ParameterGroup({len(self.params)} parameters, lr={self.lr}, {self.options})"
 
 
-class Optimizer:
+class Optimizer(Holder):
     """The base: `step()` applies the subclass's update to every parameter that has a gradient.
 
     params: Tensors, or dicts {"params": Tensors, "lr": ..., ...} of groups with options of their
@@ -93,11 +93,6 @@ class Optimizer:
     ValueError, TypeError: parameters that are missing, given twice, not leaves, on several devices
     or need no gradient; options out of range.
     """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        optimizer = object.__new__(cls)
-        HOLDERS[id(optimizer)] = optimizer
-        return optimizer
 
     def __init__(self, params: Params, lr: float = 0.01, **options: Any) -> None:
         self.name = type(self).__name__
@@ -138,7 +133,7 @@ class Optimizer:
             if p.grad is not None and p.grad.shape != p.shape:
                 shapes = f"{p.shape}; received {p.grad.shape}"
                 raise ValueError(f"step: expected a gradient of the parameter's shape {shapes}")
-        with no_grad():
+        with mode(grad=False, autocast=None):
             self.t.data = self.t + 1.0
             for group in self.param_groups:
                 function, numbers, states = self.update(group)

@@ -16,15 +16,22 @@ NUMBERS: dict[str, Kind] = {
         ("a number of at least 0", lambda x: 0 <= x < inf, "lr max_lr min_lr gamma threshold"),
         ("a number of at least 0", lambda x: 0 <= x < inf, "weight_decay eps eps1 eps2"),
         ("at least 0 and below 1", lambda x: 0 <= x < 1, "momentum beta1 beta2 alpha factor"),
+        ("above 0 and below 1", lambda x: 0 < x < 1, "backoff_factor"),
         ("a number from 0 to 1", lambda x: 0 <= x <= 1, "dampening pct_start"),
         ("a number of at least 1", lambda x: 1 <= x < inf, "div_factor final_div_factor"),
-        ("a number above 0", lambda x: 0 < x < inf, "clip"),
+        ("a number above 0", lambda x: 0 < x < inf, "clip init_scale scale"),
+        ("a number above 1", lambda x: 1 < x < inf, "growth_factor"),
         ("a number below 0", lambda x: -inf < x < 0, "decay_rate"),
         ("a number of at least 0, or inf", lambda x: x >= 0, "max_norm value"),
         ("a number above 0, or inf", lambda x: x > 0, "norm_type"),
         ("an integer of at least 0", lambda x: x >= 0 and x % 1 == 0, "patience cooldown"),
-        ("an integer of at least 0", lambda x: x >= 0 and x % 1 == 0, "warmup_steps"),
+        (
+            "an integer of at least 0",
+            lambda x: x >= 0 and x % 1 == 0,
+            "warmup_steps _growth_tracker",
+        ),
         ("an integer of at least 1", lambda x: x >= 1 and x % 1 == 0, "total_steps step_size"),
+        ("an integer of at least 1", lambda x: x >= 1 and x % 1 == 0, "growth_interval"),
     )
     for option in options.split()
 }

@@ -2,7 +2,7 @@
 
 SGD, Lion (one mean of gradients); Adagrad, RMSprop, Adam, AdamW (steps divided by the gradients'
 size, per element); Adafactor (that size kept as rows and columns). The arithmetic stands in
-needle/ops/update.py. Next: schedules.py.
+needle/ops/update.py. Next: scaling.py.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class TrainConfig:
 
     data_dir: where the files of mnist and fashion_mnist lie; None: fetch them. momentum: of sgd.
     schedule: of the learning rate, over all steps. seed: of weights, order and dropout.
-    checkpoint_every: in steps; there is a checkpoint after every epoch, too. jit: whether a step is
+    checkpoint_every: in steps; there is a checkpoint after every epoch, too. precision: bfloat16
+    trains under `ndl.autocast`, with parameters in float32. jit: whether a step is
     one compiled program, which changes no bit.
 
     ValueError for a value out of range, TypeError for one of another type; both name the field.
@@ -71,6 +72,7 @@ class TrainConfig:
     seed: int = integer(0, 0, (1 << 63) - 1)
     device: str = choice("cpu", "cpu_numpy", "cuda")
     checkpoint_every: int = integer(200, 1, 1_000_000_000)
+    precision: str = choice("float32", "bfloat16")
     jit: bool = checked(True, "true or false", lambda x: True, bool)
 
     def __post_init__(self) -> None:

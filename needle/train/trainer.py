@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from needle import init, optim
-from needle.autograd import Tensor, no_grad
+from needle.autograd import Tensor, autocast, no_grad
 from needle.data import DataLoader
+from needle.dtype import bfloat16
 from needle.errors import expect
 from needle.files import AnyPath, reading, remove_partial_files
 from needle.jit import jit
@@ -137,8 +138,9 @@ class Trainer:
 
     def train_on_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Update the parameters once; the loss, and how many predictions were right."""
-        logits = self.model(x)
-        loss = self.loss(logits, y)
+        with autocast(bfloat16, self.config.precision == "bfloat16"):
+            logits = self.model(x)
+            loss = self.loss(logits, y)
         with no_grad():
             loss.backward()
         self.optimizer.step()

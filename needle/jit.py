@@ -72,10 +72,9 @@ class JittedFunction:
         self.generators: dict[Device, Generator] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if MODE.trace is not None or MODE.tracing or Hooks.node is not None:
-            return self.function(
-                *args, **kwargs
-            )  # a part of the outer program; or watched, op by op
+        inside = MODE.trace is not None or MODE.tracing  # a part of the outer program
+        if inside or MODE.record is not None or Hooks.node is not None:  # or watched, op by op
+            return self.function(*args, **kwargs)
         if kwargs:
             args, kwargs = self.in_order(args, kwargs)
         call = Call(MODE.grad, MODE.autocast, Precision.dot)

@@ -40,8 +40,9 @@ docs: $(VENV)/.docs ## build the documentation into site/
 check-docs: $(VENV)/.dev ## run every Python block of README.md and docs/
 	@$(BIN)/python tools/check_docs.py
 
-bench: $(VENV)/.dev ## time eager ops and training steps
+bench: $(VENV)/.dev ## time eager ops beside PyTorch, and contractions beside the machine's limits
 	@$(BIN)/python benchmarks/eager.py $(ARGS)
+	@$(BIN)/python benchmarks/limits.py
 
 size: $(VENV)/.dev ## count the lines, ops and flags of the package
 	@$(BIN)/python tools/size.py --check

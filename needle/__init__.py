@@ -3,9 +3,10 @@
     import needle as ndl
 
 Rooms, in reading order: autograd.py, ops/, array/, backend/ (the core); compiler/, capture/, jit.py
-(programs); init/, nn/, optim/, data/ (the library); train/, cli/ (what a user starts); debug.py and
-memory.py (what to ask when something is wrong). `backend_ndarray`, `backend_numpy` and
-`backend_selection` are the course's import paths.
+(programs); init/, nn/, optim/, data/ (the library); transform.py, recompute.py (gradients as
+functions, and with less memory); train/, cli/ (what a user starts); debug.py and memory.py (what to
+ask when something is wrong). `backend_ndarray`, `backend_numpy` and `backend_selection` are the
+course's import paths.
 """
 
 # fmt: off
@@ -29,6 +30,8 @@ from needle.ops import *  # noqa: F403 - the functions of ops are the package's 
 from needle import data, debug, nn, optim
 from needle.compiler.runtime import get_num_threads, set_num_threads
 from needle.jit import jit
+from needle.recompute import checkpoint
+from needle.transform import grad, hessian, hvp, jvp, value_and_grad, vjp
 # isort: on
 # fmt: on
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import reduce
@@ -54,6 +54,7 @@ class Mode(threading.local):
     draw_from: Any = None  # while a jitted function runs op by op: gives its random generator
     autocast: DType | None = None  # of `ndl.autocast`: what contractions run in
     is_general = False  # lazy or autocast, so that `replay` leaves nodes to make_general
+    record: Any = None  # what notes the ops of a checkpointed function, while it runs
 
 
 MODE = Mode()
@@ -154,6 +155,7 @@ class Op:
     is_builtin = False
     moves = False  # only moves elements, so that low precision needs no rounding
     item: int | None = None  # of an op that takes one item of a TensorTuple: which
+    sees_missing = False  # of an op with several results: whether items without gradient are None
     plans: dict[Any, Plan]  # of needle's own ops: by the forms of the operands
 
     def infer(self, *specs: Spec) -> Spec | tuple[Spec, ...]:
@@ -361,6 +363,8 @@ class Value:
             value.operands = tuple([x if x.cached_data is None else x.cached_data for x in inputs])
         if Hooks.create is not None and not MODE.tracing:
             Hooks.create(value)
+        if MODE.record is not None:
+            MODE.record.note(value, op, inputs)
         return value
 
     def realize_cached_data(self) -> Any:
@@ -934,29 +938,60 @@ def compute_gradient_of_variables(output_tensor: Value, out_grad: Value) -> None
         return
     order: list[Any] = []
     visit(output_tensor, set(), order, inputs_with_gradient)
-    partials: dict[Value, Any] = {output_tensor: [out_grad]}
     found: list[tuple[Value, Any]] = []
+    for node, adjoint in reverse(order, {output_tensor: [out_grad]}):
+        if adjoint is not None:
+            found.append((node, kept_gradient(node, adjoint)))
+        elif node.op is None and not MODE.tracing:  # only steps, as floor and sign, read it
+            zeros = NDArray.wrap(np.zeros(node.shape, node.dtype), node.device)
+            found.append((node, Tensor.make_const(zeros)))
+    for node, grad in found:
+        if MODE.trace is not None:
+            MODE.trace.meet_gradient(node)
+        node._grad = grad
+
+
+def parts_below(
+    outputs: Sequence[Value], out_grads: Sequence[Value], ends: Collection[Value]
+) -> dict[Value, list[Any]]:
+    """The parts of which the adjoints of `ends`, values below the outputs, are the sums. Only what
+    depends on them is differentiated, nothing below them, and no `.grad` is set."""
+    order: list[Any] = []
+    visited: set[Value] = set()
+    seeds: dict[Value, Any] = {}
+    for y, out_grad in zip(outputs, out_grads, strict=True):
+        seeds.setdefault(y, []).append(out_grad)
+        visit(y, visited, order, lambda x: () if x in ends else inputs_with_gradient(x))
+    nodes: set[Value] = set()
+    for node in order:
+        if node in ends or not nodes.isdisjoint(node.inputs):
+            nodes.add(node)
+    order = [node for node in order if node in nodes]
+    with mode(autocast=None):
+        return {x: parts for x, parts in reverse(order, seeds, ends) if x in ends and parts}
+
+
+def reverse(
+    order: list[Any], partials: dict[Value, Any], ends: Collection[Value] = ()
+) -> Iterator[tuple[Any, Any]]:
+    """(node, its adjoint, None where there is none) of nodes in topological order, last first.
+    partials: the parts of adjoints so far. The walk stops at `ends`: the parts of theirs."""
+    nodes = set(order)
     before = MODE.backward_of
     try:
         while order:
             node = order.pop()
             parts = partials.pop(node, None)
-            if parts is None:
-                if node.op is None and not MODE.tracing:  # only steps, as floor and sign, read it
-                    zeros = NDArray.wrap(np.zeros(node.shape, node.dtype), node.device)
-                    found.append((node, Tensor.make_const(zeros)))
+            if parts is None or node in ends:
+                yield node, parts
                 continue
             MODE.backward_of = node
-            out_grad = tuple_gradient(node, parts) if type(parts) is dict else add_partials(parts)
-            found.append((node, kept_gradient(node, out_grad)))
+            adjoint = tuple_gradient(node, parts) if type(parts) is dict else add_partials(parts)
+            yield node, adjoint
             if node.op is not None:
-                pass_down(node, out_grad, partials)
+                pass_down(node, adjoint, partials, nodes)
     finally:
         MODE.backward_of = before
-    for node, grad in found:
-        if MODE.trace is not None:
-            MODE.trace.meet_gradient(node)
-        node._grad = grad
 
 
 def kept_gradient(node: Value, out_grad: Any) -> Any:
@@ -970,20 +1005,20 @@ def kept_gradient(node: Value, out_grad: Any) -> Any:
     return out_grad.cached_data
 
 
-def pass_down(node: Value, out_grad: Any, partials: dict[Value, Any]) -> None:
-    """Add a node's contributions to its inputs' adjoints."""
+def pass_down(node: Value, out_grad: Any, partials: dict[Value, Any], nodes: set[Value]) -> None:
+    """Add a node's contributions to the adjoints of those of its inputs that are in nodes."""
     op: Any = node.op
     if op.item is not None:
         partials.setdefault(node.inputs[0], {}).setdefault(op.item, []).append(out_grad)
         return
     for x, part in zip(node.inputs, op.gradient_as_tuple(out_grad, node), strict=True):
-        if part is not None and x.requires_grad:
-            known = partials.get(x)
-            if known is None:
-                partials[x] = [part]
-            elif type(known) is dict:
+        if part is not None and x in nodes:
+            known = partials.setdefault(x, [])
+            if type(known) is dict:
                 for index, each in enumerate(part):
                     known.setdefault(index, []).append(each)
+            elif type(part) is list:  # of a checkpoint: summed with the rest, in the same order
+                known.extend(part)
             else:
                 known.append(part)
 
@@ -992,8 +1027,10 @@ def add_partials(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else reduce(operator.add, parts)
 
 
-def tuple_gradient(node: Value, parts: dict[int, list[Tensor]]) -> TensorTuple:
+def tuple_gradient(node: Value, parts: dict[int, list[Tensor]]) -> Any:
     """The adjoint of a TensorTuple from those of its items; items that nobody read have zeros."""
+    if node.op is not None and node.op.sees_missing:
+        return [add_partials(parts[i]) if i in parts else None for i in range(len(spec_of(node)))]
     device = next(iter(parts.values()))[0].device
     zeros = [NDArray.wrap(np.zeros(spec.shape, spec.dtype), device) for spec in spec_of(node)]
     sums = {index: add_partials(each) for index, each in parts.items()}

@@ -74,8 +74,9 @@ class JittedFunction:
         self.generators: dict[Device, Generator] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if MODE.trace is not None or MODE.tracing or MODE.draw_from is not None:
-            return self.function(*args, **kwargs)  # a part of the outer program, or of its replay
+        inside = MODE.trace is not None or MODE.tracing  # a part of the outer program
+        if inside or MODE.record is not None or MODE.draw_from is not None:  # or of its replay
+            return self.function(*args, **kwargs)
         if kwargs:
             args, kwargs = self.in_order(args, kwargs)
         call = Call(MODE.grad, MODE.autocast, Precision.dot)

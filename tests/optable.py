@@ -22,7 +22,7 @@ from needle import ops
 from needle.dtype import FLOATS, as_dtype
 from needle.ops import normalize, update
 from needle.ops.index import Gather, ScatterAdd
-from needle.ops.movement import Slice, Unslice
+from needle.ops.movement import After, Slice, Unslice
 from needle.ops.random import RandomUniform
 
 Array = np.ndarray
@@ -558,6 +558,7 @@ MOVEMENT = [
         (MATRIX,),
         lambda t, x: (x + 1.5, x - 2),
     ),
+    Row("After", lambda x, y: After()(x, y), lambda x, y: x, (MATRIX, Input((2,))), wanted=(0,)),
     Row(
         "Slice",
         lambda x: Slice(((3, 2, -2), (1, 4, 1)))(x),

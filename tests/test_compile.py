@@ -426,7 +426,7 @@ def every_group(self: fuse.Fuser, node: graph.Node) -> list[fuse.Group]:
 
 
 def test_a_dropped_barrier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_barriers(nests: Sequence[Any], writers: Mapping[Buffer, Any]) -> dict[Any, int]:
+    def no_barriers(nests: Sequence[Any], *before: Mapping[Any, Any]) -> dict[Any, int]:
         return dict.fromkeys(nests, 0)
 
     monkeypatch.setattr(schedule, "assign_levels", no_barriers)

@@ -12,22 +12,14 @@ from typing import Any
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import (
-    MODE,
-    RETAINED,
-    Hooks,
-    Tensor,
-    TensorTuple,
-    TensorTupleOp,
-    Value,
-    spec_of,
-)  # fmt: skip
+from needle.autograd import MODE, Hooks, Tensor, TensorTuple, TensorTupleOp, Value, spec_of
 from needle.backend.device import Device
 from needle.capture.part import Part
 from needle.capture.trace import Trace
 from needle.errors import TraceError
-from needle.ops.composite import placeholder, substitute, tracing
-from needle.ops.tuples import TupleGetItem, make_tuple
+from needle.ops.elementwise import StopGradient
+from needle.ops.movement import Reshape
+from needle.ops.tuples import MakeTensorTuple, Together, TupleGetItem
 
 
 class Adjoint:
@@ -40,13 +32,8 @@ class Adjoint:
         self.results = [forward.place(x) for x in results]
         self.out_grads = [trace.stand_in(spec_of(x)) for x in results]
         known = set(trace.created)
-        RETAINED.update(x for x in self.inputs if x.op is not None and x.requires_grad)
         with autograd.mode(trace=trace, lazy=True, grad=True):
-            target, out_grad = make_tuple(*results), make_tuple(*self.out_grads)
-            autograd.compute_gradient_of_variables(target, out_grad)
-        self.grads = [x._grad if x.requires_grad else None for x in self.inputs]
-        RETAINED.difference_update(self.inputs)
-        trace.restore_gradients()
+            self.grads = gradients(results, self.out_grads, self.inputs)
         wanted = [x for x in self.grads if x is not None]
         cut = residuals(wanted, set(forward.numbers), known, set(self.out_grads))
         self.sources = [
@@ -65,20 +52,34 @@ class Adjoint:
         visited = set(known)
         for root in self.grads:
             if root is not None:
-                autograd.visit(root, visited, order, lambda x: x.operands or ())
+                autograd.visit(root, visited, order, pending_inputs)
         for node in order:
             if node.cached_data is None:
                 sources = [known[x] for x in node.operands]
-                known[node] = type(node).make_from_op(node.op, sources)
+                op = MakeTensorTuple() if isinstance(node.op, Together) else node.op
+                known[node] = type(node).make_from_op(op, sources)
             else:
                 known[node] = node
         return [None if x is None else known[x] for x in self.grads]
 
 
+def pending_inputs(x: Any) -> Sequence[Any]:
+    """What a node that is not computed reads."""
+    return x.operands or () if x.cached_data is None else ()
+
+
+def gradients(
+    outputs: Sequence[Value], out_grads: Sequence[Value], inputs: Sequence[Value]
+) -> list[Any]:
+    """The gradients of inputs, None where there are none."""
+    parts = autograd.parts_below(outputs, out_grads, set(inputs))
+    return [autograd.add_partials(parts[x]) if x in parts else None for x in inputs]
+
+
 def residuals(
     grads: Sequence[Value], inputs: set[Value], known: set[Value], out_grads: set[Value]
 ) -> list[Any]:
-    """The values of the forward trace that gradients read; tuples are computed again."""
+    """The values of the forward trace that gradients read; tuples and copies are made again."""
     found: dict[Any, None] = {}
     seen = set(out_grads)
     stack: list[Any] = list(grads)
@@ -89,11 +90,16 @@ def residuals(
         seen.add(x)
         if x in inputs:
             found[x] = None
-        elif x.cached_data is None and x in known and isinstance(x, Tensor):
+        elif x.cached_data is None and x in known and is_kept(x):
             found[x] = None
         elif x.cached_data is None:
             stack += x.operands
     return list(found)
+
+
+def is_kept(x: Value) -> bool:
+    """Whether a value is kept, not followed to what it is made of, which costs nothing."""
+    return isinstance(x, Tensor) and not isinstance(x.op, StopGradient)
 
 
 class JittedCall(TensorTupleOp):
@@ -149,15 +155,13 @@ class JittedGradient(TensorTupleOp):
                 "call the function that is differentiated twice inside of the jitted function too"
             )
             raise TraceError(f"jit: expected first derivatives of calls from outside; {cure}")
-        with tracing():
-            leaves = [placeholder(spec_of(x), x.requires_grad) for x in node.inputs]
-            count = len(self.adjoint.inputs)
-            grads = self.adjoint.replay(leaves[:count], leaves[count:])
-            root = make_tuple(*(x for x in grads if x is not None))
-            if root.requires_grad:
-                autograd.compute_gradient_of_variables(root, out_grad)
-            back = dict(zip(leaves, node.inputs, strict=True))
-            found = [None if x._grad is None else substitute(x._grad, back) for x in leaves]
+        with autograd.mode(lazy=True):
+            with autograd.enable_grad():
+                leaves = [Reshape(x.shape)(x) for x in node.inputs]
+                count = len(self.adjoint.inputs)
+                grads = self.adjoint.replay(leaves[:count], leaves[count:])
+            outputs = [x for x in grads if x is not None]
+            found = gradients(outputs, tuple(out_grad), leaves)
         for each in found:
             if each is not None and not autograd.is_lazy():
                 each.realize_cached_data()

@@ -87,7 +87,7 @@ def lower(
         outputs[output]: layout.buffer(source.inputs[number])
         for output, number in (donated or {}).items()
     }
-    found = schedule.schedule(built, pairs)
+    found = schedule.schedule(built, pairs, layout.waits)
     plan = schedule.plan(found.kernels, outputs)
     return Lowered(source, fuser, layout, found, plan, outputs)
 

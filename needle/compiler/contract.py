@@ -3,17 +3,22 @@
 Two functions do the work. The *core* of a dtype computes one block of accumulators:
 
     for each segment of k:                       256 terms, one chain of fused multiply-adds each
-        pack b's panels (two vectors wide)       where they cannot be read as they lie
-        for each strip of rows:
-            pack a's strip                       likewise
-            for each panel: micro-kernel         a tile of accumulators, in registers
-            after the last segment: epilogue     on the strip, while it is in the L1 cache
+        for each group of strips:
+            pack a's strips                      as the registers take them: term by term
+            for each strip:
+                for each panel of b:             two vectors wide
+                    pack it, at the first strip  where it cannot be read as it lies
+                    micro-kernel                 a tile of accumulators, in registers
+                after the last segment: epilogue on the strip, while it is in the cache
 
-The *kernel* of a structure holds the epilogue and walks over units, which are blocks. It calls the
-core by an address among its arguments, so that a new epilogue compiles a small function only. Block
-sizes and what is packed are arguments too: they never change a bit, since each accumulator is a
-chain of its own (needle/ops/order.py). A product with few columns is computed as its transpose,
-with a and b in each other's place.
+A micro-kernel fetches by the way what is packed next. Few rows make a *thin* block, which waits for
+memory: b is then read once, as it lies. A product with few columns is computed as its transpose.
+
+The *kernel* of a structure holds the epilogue and walks over units, which are blocks; a thread's
+units that lie below each other are one block, so that b is packed once. It calls the core by an
+address among its arguments, so that a new epilogue compiles a small function only. Block sizes and
+what is packed are arguments too: they never change a bit, since each accumulator is a chain of its
+own (needle/ops/order.py).
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import numpy as np
 
 from needle.compiler.emit import Slots, Structure, emit_tile
 from needle.compiler.loops import Contraction, Operand
-from needle.compiler.target import host, vector_bits
+from needle.compiler.target import cache_size, host, vector_bits
 from needle.compiler.vectors import Writer, constant, typed, uint32
 from needle.dtype import LOW_PRECISION, DType, bfloat16, bool_, float32, int64, uint8
 from needle.ops.order import SEGMENT
@@ -40,7 +45,7 @@ THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
 AHEAD = 256  # bytes that are fetched before they are due
 GROUP = 8  # strips that are packed together
-BLOCK = 2048  # bytes: how wide a block of accumulators is
+BLOCK = 2048  # bytes: how wide a block of accumulators is at most
 TALL = 512  # how many rows it has at most where sums wait for the next segment
 PITCH = BLOCK + 64  # bytes between its rows: not a power of two, which would share cache sets
 SKEW = 128  # bytes between packed panels, likewise
@@ -795,7 +800,7 @@ def tiling(c: Contraction, core: Core) -> Tiling:
     if is_thin(m, b, core):
         return thin_tiling(c, m, n, a, b)
     wanted = min(2 * batch * m * n * c.k / GRAIN, UNITS)
-    down, across = ceil(m / TALL) if c.k > SEGMENT else 1, ceil(n * size / BLOCK)
+    down, across = ceil(m / TALL) if c.k > SEGMENT else 1, ceil(n * size / block_width())
     while 0 < batch * down * across < wanted:
         if m >= 2 * core.rows * down:
             down *= 2
@@ -812,6 +817,11 @@ def tiling(c: Contraction, core: Core) -> Tiling:
     pack_b = b.outer != 1 or height >= 256 or (height >= 64 and far >= 4096)
     low = core.dtype in LOW_PRECISION or core.dot
     return Tiling(ceil(m / tall), ceil(n / max(wide, 1)), tall, wide, most, low or pack_b, False)
+
+
+def block_width() -> int:
+    """Bytes: how wide a block is whose panels, of one segment, fill half of the level 2 cache."""
+    return max(min(cache_size() // 2 // SEGMENT // 256 * 256, BLOCK), 256)
 
 
 def is_thin(m: int, b: Operand, core: Core) -> bool:

@@ -9,6 +9,7 @@ A node is *placed* in a group, or *inlined*: computed again wherever it is read.
 numbers and cheap or once-read elementwise nodes are inlined. A placed node joins the group of one
 that it reads if its element at the group's coordinates reads that node's element at the same
 coordinates; which is checked by following index maps, so that what fuses is right by construction.
+The op After is a view, whose readers come after what it waits for.
 
 Relies on: nodes are pure, in topological order. `Group.ancestors` keeps the order of groups a
 partial one.
@@ -16,7 +17,7 @@ partial one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 
@@ -29,6 +30,7 @@ from needle.compiler.loops import COLUMNS, ROWS, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
 from needle.ops.elementwise import Comparison
 from needle.ops.index import Gather, ScatterAdd
+from needle.ops.movement import After
 from needle.ops.order import split_axes
 from needle.ops.reduce import CumSum
 
@@ -67,6 +69,7 @@ class Group:
     order: str = ROWS
     inlined: set[Node] = field(default_factory=set)
     reads: set[Node] = field(default_factory=set)  # placed in other groups, and leaves
+    waits: set[Node] = field(default_factory=set)  # that are computed before, wherever that is
     ancestors: int = 0  # bit n: the group of number n comes before
     is_read: bool = False  # by another group
     level: int = 0  # the longest chain of groups before this one
@@ -217,7 +220,7 @@ class Fuser:
             self.group_of[node] = group
         group.index |= other.index
         group.refusals += other.refusals
-        self.read(group, other.reads, other.inlined)
+        self.read(group, other.reads, other.inlined, other.waits)
         before = group.ancestors | group.bit
         for each in self.after(other):
             each.ancestors |= before
@@ -227,17 +230,21 @@ class Fuser:
 
     def groups_below(self, node: Node) -> set[Group]:
         """The groups that a node reads from, through inlined nodes."""
-        found: set[Group] = set()
-        seen = {node}
-        stack = list(node.inputs)
+        return self.groups_of(self.placed(node.inputs))
+
+    def placed(self, nodes: Sequence[Node]) -> set[Node]:
+        """Those of the nodes that are placed, and of the others what they read, through inlined
+        nodes."""
+        found: set[Node] = set()
+        seen: set[Node] = set()
+        stack = list(nodes)
         while stack:
             x = stack.pop()
-            if x in self.group_of:
-                found.add(self.group_of[x])
+            if x in self.group_of or x in self.pieces:
+                found.add(x)
             elif x not in seen:
                 seen.add(x)
-                parts = self.pieces.get(x)
-                stack.extend(x.inputs if parts is None else parts)
+                stack.extend(x.inputs)
         return found
 
     # Where a node's elements lie among a group's coordinates
@@ -274,19 +281,20 @@ class Fuser:
         """Place a node in a group if all that it reads of the group is at the group's
         coordinates."""
         walk = Walk(self, group)
-        if group.kind == "contraction" and not is_plain(index):
+        if group.kind == "contraction" and not is_plain(index, len(group.shape) - 1):
             return False
-        fits = all(walk.enter(x, i) for x, i in sources(node, index, group.shape))
-        if fits and walk.run() and self.comes_after(group, walk.reads):
+        fits = walk.follow(node, index)
+        if fits and walk.run() and self.comes_after(group, walk):
             self.add(group, node, index, walk)
             return True
         return False
 
-    def comes_after(self, group: Group, reads: set[Node]) -> bool:
-        """Whether nothing that is read comes after the group."""
-        return not any(other.ancestors & group.bit for other in self.groups_of(reads) - {group})
+    def comes_after(self, group: Group, walk: Walk) -> bool:
+        """Whether nothing that is read or waited for comes after the group."""
+        found = self.groups_of(walk.reads | walk.waits) - {group}
+        return not any(other.ancestors & group.bit for other in found)
 
-    def groups_of(self, nodes: set[Node]) -> set[Group]:
+    def groups_of(self, nodes: Set[Node]) -> set[Group]:
         found = set()
         for node in nodes:
             for each in self.pieces.get(node, (node,)):
@@ -297,14 +305,17 @@ class Fuser:
     def add(self, group: Group, node: Node, index: Indices, walk: Walk) -> None:
         group.index[node] = index
         self.group_of[node] = group
-        self.read(group, walk.reads, walk.inlined)
+        self.read(group, walk.reads, walk.inlined, walk.waits)
 
-    def read(self, group: Group, reads: set[Node], inlined: set[Node]) -> None:
-        """Note what a group reads, and that all of it comes before the group."""
+    def read(
+        self, group: Group, reads: set[Node], inlined: set[Node], waits: Set[Node] = frozenset()
+    ) -> None:
+        """Note what a group reads and waits for, and that all of it comes before the group."""
         group.reads |= reads
         group.inlined |= inlined
+        group.waits |= waits
         before = level = 0
-        for other in self.groups_of(reads):
+        for other in self.groups_of(reads) | (self.groups_of(waits) - {group}):
             before |= other.ancestors | other.bit
             level = max(level, other.level + 1)
             other.is_read = other.is_read or other is not group
@@ -360,7 +371,7 @@ class Fuser:
         kept = tuple(each for axis, each in enumerate(index) if axis not in axes)
         walk = Walk(self, group)
         if walk.enter(node.inputs[0], index) and walk.run():
-            if self.comes_after(group, walk.reads):
+            if self.comes_after(group, walk):
                 self.add(group, node, kept, walk)
                 return True
         group.inner, group.order = before
@@ -436,7 +447,7 @@ class Fuser:
             if not movable or (views_only and not self.is_affine(x, node)):
                 self.place(node)
             else:
-                stack.extend(node.inputs)
+                stack.extend(node.inputs[:1] if kind is After else node.inputs)
 
     def is_affine(self, x: Node, node: Node) -> bool:
         """Whether the path of views from x down to a node's input has strides."""
@@ -451,10 +462,11 @@ class Fuser:
                 return True
             x = x.inputs[number]
 
-    def below(self, node: Node) -> tuple[set[Node], set[Node]]:
-        """(placed nodes and leaves, inlined nodes) that a node reads."""
+    def below(self, node: Node) -> tuple[set[Node], set[Node], set[Node]]:
+        """(placed nodes and leaves, inlined nodes) that a node reads, and those it waits for."""
         placed: set[Node] = set()
         inlined: set[Node] = set()
+        waits: set[Node] = set()
         stack = list(node.inputs)
         while stack:
             x = stack.pop()
@@ -462,8 +474,13 @@ class Fuser:
                 placed.add(x)
             elif x not in inlined:
                 inlined.add(x)
-                stack.extend(x.inputs)
-        return placed, inlined
+                waits |= self.waited_for(x)
+                stack.extend(x.inputs[:1] if type(x.op) is After else x.inputs)
+        return placed, inlined, waits
+
+    def waited_for(self, node: Node) -> set[Node]:
+        """What a reader of a node comes after: placed nodes."""
+        return self.placed(node.inputs[1:]) if type(node.op) is After else set()
 
 
 def reduced_axes(node: Node) -> tuple[int, ...]:
@@ -471,9 +488,11 @@ def reduced_axes(node: Node) -> tuple[int, ...]:
     return as_axes(node.name, op.axes if hasattr(op, "axes") else op.axis, ndim)
 
 
-def is_plain(index: Indices) -> bool:
-    """Whether an index has strides: no quotients, as of an axis that a reshape cuts."""
-    return all(isinstance(atom, int) for each in index for atom in each.terms)
+def is_plain(index: Indices, axis: int) -> bool:
+    """Whether an index has a stride along an axis, which no reshape cuts."""
+    return all(
+        isinstance(atom, int) or axis not in atom.axes for each in index for atom in each.terms
+    )
 
 
 INLINED = frozenset({*MOVEMENT, ops.RandomUniform})
@@ -513,6 +532,7 @@ class Walk:
         self.group = group
         self.reads: set[Node] = set()
         self.inlined: set[Node] = set()
+        self.waits: set[Node] = set()
         self.seen: set[tuple[Node, Indices]] = set()
         self.stack: list[tuple[Node, Indices]] = []
 
@@ -535,7 +555,11 @@ class Walk:
         """Follow all that was entered; False if anything is refused."""
         while self.stack:
             node, index = self.stack.pop()
-            below = sources(node, index, self.group.shape)
-            if not all(self.enter(x, i) for x, i in below):
+            if not self.follow(node, index):
                 return False
         return True
+
+    def follow(self, node: Node, index: Indices) -> bool:
+        """Note all that an element reads."""
+        self.waits |= self.fuser.waited_for(node)
+        return all(self.enter(x, i) for x, i in sources(node, index, self.group.shape))

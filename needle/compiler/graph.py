@@ -28,7 +28,7 @@ from needle.dtype import LOW_PRECISION, float32
 from needle.ops.composite import CompositeMethods, placeholder, tracing
 from needle.ops.elementwise import AddScalar, Cast
 from needle.ops.movement import Reshape, Slice, Split
-from needle.ops.tuples import FusedAddScalars, MakeTensorTuple
+from needle.ops.tuples import FusedAddScalars, Together
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +242,7 @@ def apply(builder: Builder, op: Any, inputs: list[Node], spec: Any) -> Any:
     """An op of the autograd graph in terms of the nodes that a program is made of."""
     if isinstance(op, CompositeMethods):
         return expand(builder, op, inputs)
-    if isinstance(op, MakeTensorTuple):
+    if isinstance(op, Together):
         return tuple(inputs)
     if op.item is not None:
         return inputs[op.item]

@@ -46,7 +46,7 @@ from needle.dtype import FLOATS, DType, bfloat16, bool_, float32, float64
 from needle.ops.device import ToDevice
 from needle.ops.elementwise import Subtract
 from needle.ops.index import ArgSort, Gather, ScatterAdd
-from needle.ops.movement import Unslice
+from needle.ops.movement import After, Unslice
 from needle.ops.random import BITS, MULTIPLIERS, ROUNDS, WEYL
 
 uint32, uint64 = np.dtype(np.uint32), np.dtype(np.uint64)
@@ -294,6 +294,10 @@ def broadcast(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> l
     return [(0, tuple(fixed(0) if n == 1 else i for i, n in zip(kept, shape, strict=True)), None)]
 
 
+def after(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
+    return [(0, index, None)]
+
+
 def permute(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
     return [(0, tuple(index[op.order.index(axis)] for axis in range(len(index))), None)]
 
@@ -368,8 +372,9 @@ def stack(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[
 MOVEMENT: dict[type, Callable[..., list[Source]]] = {
     ops.Reshape: reshape, ops.BroadcastTo: broadcast, ops.Permute: permute, ops.Slice: slice_,
     ops.Flip: flip, ops.Pad: pad, Unslice: unslice, ops.Concatenate: join, ops.Stack: stack,
+    After: after,
 }  # fmt: skip
-VIEWS = (ops.Reshape, ops.BroadcastTo, ops.Permute, ops.Slice, ops.Flip)
+VIEWS = (ops.Reshape, ops.BroadcastTo, ops.Permute, ops.Slice, ops.Flip, After)
 
 
 def filler(op: Any, dtype: DType) -> Expr:

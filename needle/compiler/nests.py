@@ -73,6 +73,7 @@ class Layout:
         self.strides = strides
         self.buffers: dict[Node, Buffer] = {}
         self.checks: list[tuple[str, int]] = []  # what run-time checks say: op, size
+        self.waits: dict[AnyNest, list[AnyNest]] = {}  # nests that others come after
 
     def buffer(self, node: Node) -> Buffer:
         found = self.buffers.get(node)
@@ -437,19 +438,22 @@ def build(fuser: Fuser, strides: Mapping[Node, Sequence[int]]) -> tuple[list[Any
             items.setdefault(node.inputs[0], []).append(node)
     owner = {group.number: node for node, group in fuser.group_of.items()
              if group.kind in ("host", "scatter") and not isinstance(node.op, Item)}  # fmt: skip
-    nests: list[AnyNest] = []
+    made: dict[Group, AnyNest] = {}
     for group in in_order(fuser.groups):
         kept = [x for x in group.index if x in stored or isinstance(x.op, Piece)]
         if group.kind == "loop":
             if kept:
-                nests.append(build_loop(layout, group, kept))
+                made[group] = build_loop(layout, group, kept)
         elif group.kind == "contraction":
-            nests.append(build_contraction(layout, group, kept))
+            made[group] = build_contraction(layout, group, kept)
         elif group.kind == "scatter":
-            nests.append(build_scatter(layout, group, owner[group.number]))
+            made[group] = build_scatter(layout, group, owner[group.number])
         else:
-            nests.append(build_host(layout, owner[group.number], items))
-    return nests, layout
+            made[group] = build_host(layout, owner[group.number], items)
+    for group, nest in made.items():
+        before = fuser.groups_of(group.waits).intersection(made)
+        layout.waits[nest] = [made[each] for each in before if each is not group]
+    return list(made.values()), layout
 
 
 def in_order(groups: Sequence[Group]) -> list[Group]:

@@ -2,8 +2,9 @@
 Next: emit.py.
 
     schedule   nests -> kernels, each a list of nests that no barrier separates: a nest belongs to
-               the kernel after the last one that writes what it reads. An output that takes an
-               input's place in memory is written after the last kernel that reads the input.
+               the kernel after the last one that writes what it reads or that it waits for. An
+               output that takes an input's place in memory is written after the last kernel that
+               reads the input.
     plan       temporaries -> offsets in one arena: two share memory if no kernel needs both
 """
 
@@ -39,8 +40,13 @@ def has_checks(nest: AnyNest) -> bool:
     return any(each.op == "check" for each in epilogue.expressions())
 
 
-def schedule(nests: Sequence[AnyNest], donated: Mapping[Buffer, Buffer]) -> Schedule:
-    """Nests as kernels; donated: output -> the input whose memory it may overwrite."""
+def schedule(
+    nests: Sequence[AnyNest],
+    donated: Mapping[Buffer, Buffer],
+    waits: Mapping[AnyNest, Sequence[AnyNest]],
+) -> Schedule:
+    """Nests as kernels; donated: output -> the input whose memory it may overwrite; waits: nest ->
+    others that come before it, though it reads nothing of theirs."""
     readers: dict[Buffer, list[AnyNest]] = {}
     writers: dict[Buffer, list[AnyNest]] = {}
     for nest in nests:
@@ -48,7 +54,7 @@ def schedule(nests: Sequence[AnyNest], donated: Mapping[Buffer, Buffer]) -> Sche
             readers.setdefault(buffer, []).append(nest)
         for buffer in nest.writes():
             writers.setdefault(buffer, []).append(nest)
-    levels = assign_levels(nests, writers)
+    levels = assign_levels(nests, writers, waits)
     places = {nest: place for place, nest in enumerate(nests)}
     found = Schedule([])
     last_check = max((levels[n] for n in nests if has_checks(n)), default=-1)
@@ -76,7 +82,9 @@ def schedule(nests: Sequence[AnyNest], donated: Mapping[Buffer, Buffer]) -> Sche
 
 
 def assign_levels(
-    nests: Sequence[AnyNest], writers: Mapping[Buffer, Sequence[AnyNest]]
+    nests: Sequence[AnyNest],
+    writers: Mapping[Buffer, Sequence[AnyNest]],
+    waits: Mapping[AnyNest, Sequence[AnyNest]],
 ) -> dict[AnyNest, int]:
     """For every nest, how many barriers come before it."""
     levels: dict[AnyNest, int] = {}
@@ -84,6 +92,7 @@ def assign_levels(
         before = [
             levels[w] for buffer in nest.reads() for w in writers.get(buffer, []) if w is not nest
         ]
+        before += [levels[each] for each in waits.get(nest, [])]
         levels[nest] = max(before, default=-1) + 1
     return levels
 

@@ -25,7 +25,7 @@ from needle.ops.tuples import make_tuple
 
 def tracing() -> AbstractContextManager[None]:
     """Within the block ops on placeholders describe a program: nothing is computed or watched."""
-    return autograd.mode(lazy=True, tracing=True, grad=True, trace=None, autocast=None)
+    return autograd.mode(lazy=True, tracing=True, grad=True, trace=None, record=None, autocast=None)
 
 
 def placeholder(spec: Spec, requires_grad: bool = False) -> Tensor:

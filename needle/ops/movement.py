@@ -180,6 +180,23 @@ class Slice(Movement):
 
 
 @primitive
+class After(Movement):
+    """y = x, computed no sooner than the other inputs;  dx = dy
+
+    Programs keep what is computed from y apart from what is computed from x.
+    """
+
+    def infer(self, x: Spec, *others: Spec) -> Spec:
+        return x
+
+    def compute(self, x: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        return x
+
+    def gradient(self, out_grad: Tensor, node: Tensor) -> tuple[Tensor | None, ...]:
+        return (out_grad, *[None for _ in node.inputs[1:]])
+
+
+@primitive
 class Unslice(Movement):
     """y = zeros of a shape, with x written at y[start:stop:step];  dx = dy[start:stop:step]"""
 

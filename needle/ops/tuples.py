@@ -19,9 +19,8 @@ from needle.autograd import (
 )
 
 
-@primitive
-class MakeTensorTuple(TensorTupleOp):
-    """y = (a, b, ...);  each gradient is its item of dy"""
+class Together(TensorTupleOp):
+    """y = (a, b, ...)"""
 
     moves = True
 
@@ -30,6 +29,11 @@ class MakeTensorTuple(TensorTupleOp):
 
     def compute(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         return arrays
+
+
+@primitive
+class MakeTensorTuple(Together):
+    """y = (a, b, ...);  each gradient is its item of dy"""
 
     def gradient(self, out_grad: TensorTuple, node: Any) -> tuple[Tensor, ...]:
         return tuple(out_grad)

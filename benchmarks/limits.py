@@ -102,13 +102,13 @@ def seconds(call: Matmul, least: float = 0.02) -> float:
 def rounds_of(
     calls: dict[str, Matmul], rounds: int, limit: Callable[[], float]
 ) -> Iterator[tuple[float, dict[str, float]]]:
-    """(the limit, seconds of each) of every round; the order turns; idle threads fall asleep."""
+    """(the limit, seconds of each) of every round; the order turns; threads fall asleep between."""
     names = list(calls)
     for number in range(rounds):
         best = limit()
         found = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            time.sleep(0.02)
+            time.sleep(0.1)
             found[name] = seconds(calls[name])
         yield best, found
 

@@ -114,6 +114,7 @@ class Launch:
     values: list[int]
     units: int
     grain: int
+    work: int  # in WORTHs
     scratch: int
     kernel: int  # the number of barriers before it
     checks: bool
@@ -193,14 +194,23 @@ class Recipes:
             self.hosts.append(nest)
             buffers = [x for x, _ in (*nest.inputs, *nest.outputs)]
             slots = [self.slot(x) for x in buffers]
-            return Launch("host", slots, [len(self.hosts) - 1], 1, 1, 0, kernel, True)
+            return Launch("host", slots, [len(self.hosts) - 1], 1, 1, 0, 0, kernel, True)
         found = structure(nest)
         self.texts[found.key] = text_of(nest)
         slots = [self.slot(buffer) for buffer in found.buffers]
         grain = max(1, ceil(WORTH / max(found.cost, 0.001)))
+        work = int(found.units * found.cost / WORTH)
         checks = schedule.has_checks(nest)
         return Launch(
-            found.key, slots, list(found.values), found.units, grain, found.scratch, kernel, checks
+            found.key,
+            slots,
+            list(found.values),
+            found.units,
+            grain,
+            work,
+            found.scratch,
+            kernel,
+            checks,
         )
 
     def slot(self, buffer: Buffer | contract.Core) -> tuple[str, int, int]:
@@ -275,7 +285,7 @@ class Program:
         slots = [*(self.slot(*slot) for slot in each.slots), *each.values]
         address, grain = self.addresses[each.key], each.grain
         return runtime.Launch(
-            address, slots, each.units, grain, each.scratch, each.kernel, each.checks
+            address, slots, each.units, grain, each.scratch, each.kernel, each.checks, each.work
         )
 
     def slot(self, kind: str, number: int, offset: int) -> Any:

@@ -178,6 +178,11 @@ class Core:
         }
 
     @property
+    def span(self) -> int:
+        """Bytes of a panel's row, at least a cache line."""
+        return max(self.columns * self.size, 64)
+
+    @property
     def rows(self) -> int:
         """Rows of a tile, and of a strip: what the registers hold."""
         return 14 if self.bits == 512 else 6
@@ -259,7 +264,8 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
     """A tile of chains over `count` terms, in registers: c = tile, or c += tile where `more`.
 
     a is a packed strip. Of b's last vector `lanes` lanes are columns. What is packed next is
-    fetched into the cache by the way: two lines a term, `stride` bytes on, after 32 by `turn` more.
+    fetched into the cache by the way: a line or two a term, `stride` bytes on, after 32 by `turn`
+    more.
     """
     value, lanes, size = core.value, core.lanes, core.size
     term = uint32 if core.dot else value
@@ -275,7 +281,7 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
         for r in range(rows):
             x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
             following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
-        for line in (0, 64):
+        for line in range(0, core.span, 64):
             f.prefetch(f.byte(ahead, line))
         turned = f.test("eq", f.whole("and", left, 31), 0)
         ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
@@ -740,12 +746,12 @@ class Block:
         return chosen
 
     def way(self, start: str, outer: str, inner: str, part: str) -> tuple[str, str, str]:
-        """A start, a stride, and a step after 32 turns: through rows of which a turn is two lines,
-        or through 32 columns, two lines of each and then the next two."""
-        f = self.f
+        """A start, a stride, and a step after 32 turns: through rows of which a turn is `span`
+        bytes, or through 32 columns, so much of each and then the next."""
+        f, span = self.f, self.core.span
         flat, round_trip = f.test("eq", outer, self.core.width), f.whole("mul", outer, 32)
-        place = f.byte(start, f.choose(flat, 128, round_trip), part)
-        back = f.whole("sub", 128, round_trip)
+        place = f.byte(start, f.choose(flat, span, round_trip), part)
+        back = f.whole("sub", span, round_trip)
         return place, f.choose(flat, inner, outer), f.choose(flat, 0, back)
 
     def finish(self, i: str, rows: str, sums: str) -> None:
@@ -804,7 +810,7 @@ def tiling(c: Contraction, core: Core) -> Tiling:
     while 0 < batch * down * across < wanted:
         if m >= 2 * core.rows * down:
             down *= 2
-        elif n > core.columns * across and 2 * down * across < wanted:
+        elif n >= 4 * core.columns * across and 2 * down * across < wanted:
             across *= 2
         else:
             break

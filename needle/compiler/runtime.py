@@ -381,6 +381,7 @@ class Launch:
     scratch: int = 0  # bytes of a thread's own memory, beside the flags
     step: int = 0
     checks: bool = False
+    work: int = 0  # how many threads' worth it is, where units are worth more than one
 
 
 class Program:
@@ -414,7 +415,8 @@ class Program:
         self.memory[8:] = rows.ravel()
         self.memory[:8] = (
             len(launches), small, max(shares, default=1), pool().address, externals, len(patches),
-            self.patches.ctypes.data, sum(shares),
+            self.patches.ctypes.data,
+            sum(max(share, each.work) for share, each in zip(shares, launches, strict=True)),
         )  # fmt: skip
         owner = (self.memory, self.blocks, self.patches, self.functions)
         address = self.memory.ctypes.data

@@ -22,9 +22,7 @@ from needle.ops.activation import (
     softplus,
 )
 from needle.ops.composite import Composite, CompositeTuple
-from needle.ops.contract import (
-    MatMul, einsum, get_matmul_precision, matmul, outer, set_matmul_precision, tensordot,
-)
+from needle.ops.contract import MatMul, einsum, matmul, outer, tensordot
 from needle.ops.device import ToDevice, to_device
 from needle.ops.elementwise import (
     Abs, AddScalar, BroadcastTo, Cast, Ceil, Clip, Cos, DivScalar, Equal, Erf, EWiseAdd,

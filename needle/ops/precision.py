@@ -43,8 +43,8 @@ AS_GIVEN: tuple[type[Op], ...] = (
     act.Sigmoid, act.SiLU, act.GELU, act.ELU, act.LeakyReLU,
     # choice and movement
     re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd,
-    mo.Reshape, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip, mo.Dilate,
-    mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, ToDevice,
+    mo.Reshape, mo.After, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip,
+    mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,
     # what never runs in low precision for autocast's sake
     CompositeGradient, RandomUniform, up.ClippedByNorm, up.BiasCorrection, up.SGDUpdate,

@@ -50,9 +50,7 @@ TALL = 512  # how many rows it has at most where sums wait for the next segment
 PITCH = BLOCK + 64  # bytes between its rows: not a power of two, which would share cache sets
 SKEW = 128  # bytes between packed panels, likewise
 GRAIN = 5e5  # operations that are worth a unit
-UNITS = (
-    16  # how many units a contraction is cut into if it is worth them; half as many side by side
-)
+UNITS = 8  # units of columns, at most
 SPEED = 100.0  # operations per ns, for the cost of a unit
 
 
@@ -801,26 +799,22 @@ def is_turned(c: Contraction) -> bool:
 
 
 def tiling(c: Contraction, core: Core) -> Tiling:
+    """Units of few rows, since those of one thread that lie below each other are one block."""
     m, n, a, b = roles(c)
-    batch, size = prod(c.batch), core.size
     if is_thin(m, b, core):
         return thin_tiling(c, m, n, a, b)
-    wanted = min(2 * batch * m * n * c.k / GRAIN, UNITS)
-    down, across = ceil(m / TALL) if c.k > SEGMENT else 1, ceil(n * size / block_width())
-    while 0 < batch * down * across < wanted:
-        if m >= 2 * core.rows * down:
-            down *= 2
-        elif n >= 4 * core.columns * across and 2 * down * across < wanted:
-            across *= 2
-        else:
-            break
-    tall, wide = ceil(m / down) if m else 1, ceil(n / max(across, 1) / core.columns) * core.columns
-    left = tall % core.rows  # rows that cost nothing more
-    tall += -left % (core.rows if left > core.rows // 2 + 1 else SMALL)
-    most = max(TALL // tall, 1) if c.k > SEGMENT else down
+    across, tall = ceil(n * core.size / block_width()), SMALL
+    if prod(c.batch) >= 2 * UNITS:
+        tall = min(max(m, 1), TALL)
+    elif m < 4 * core.rows:
+        # Too few rows to share: columns are, two panels at least to a unit
+        several = min(2 * prod(c.batch) * m * n * c.k / GRAIN, UNITS, n / (2 * core.columns))
+        across, tall = max(across, int(several)), max(m, 1)
+    wide = ceil(n / max(across, 1) / core.columns) * core.columns
+    most = max(TALL // tall, 1) if c.k > SEGMENT else ceil(m / tall)
     # What lies in far places is copied together where it is read again and again
-    height, far = min(tall * most, m), abs(b.inner) * size
-    pack_b = b.outer != 1 or height >= 256 or (height >= 64 and far >= 4096)
+    height, far = min(tall * most, m) // 2, abs(b.inner) * core.size
+    pack_b = b.outer != 1 or height >= 128 or (height >= 32 and far >= 4096)
     low = core.dtype in LOW_PRECISION or core.dot
     return Tiling(ceil(m / tall), ceil(n / max(wide, 1)), tall, wide, most, low or pack_b, False)
 

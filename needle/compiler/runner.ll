@@ -222,7 +222,8 @@ out:
 }
 
 ; A worker's life. It counts itself a sleeper before it looks at the ticket for the last time, and a
-; caller writes the ticket before it looks for sleepers: one of them sees the other.
+; caller writes the ticket before it looks for sleepers: one of them sees the other. A system may put
+; it beside its caller, on one processor, and leave it there for long: it steps aside.
 define void @worker(ptr %state, i64 %thread, i64 %first) {
 entry:
   %mode = call i64 @enter_mode()
@@ -254,6 +255,12 @@ get_up:
   call i32 @pthread_mutex_unlock(ptr %mutex)
 awake:
   %new = phi i64 [%now, %spin], [%last, %get_up]
+  %here = call i64 @processor()
+  %caller = word state.processor
+  if eq i64 %here, %caller then aside else count
+aside:
+  call void @step_aside(i64 %here)
+count:
   %n = and i64 %new, 65535
   if eq i64 %n, STOP then out else choose
 choose:
@@ -357,6 +364,8 @@ look:
   %threads = select i1 %shrinks, i64 1, i64 %n
   set job.n = i64 %threads
   set state.job = ptr %job
+  %here = call i64 @processor()
+  set state.processor = i64 %here
   %ticket = address state.ticket
   %old = load i64, ptr %ticket
   %number = lshr i64 %old, 16

@@ -21,6 +21,7 @@ import atexit
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ TABLES = {  # the runner's memory, by number of an 8-byte word
         "count": 8, "phase": 16, "sleepers": 24,  # of a barrier; workers asleep
         "job": 32, "threads": 33, "present": 34,  # wanted, and there: the caller and workers
         "start": 35, "own": 36, "table": 37,  # a Python function; scratch memory of callers, of all
-        "owner": 38, "mutex": 40, "condition": 48, "lock": 56,  # lock: held by owner during a run
+        "owner": 38, "processor": 39,  # the caller's
+        "mutex": 40, "condition": 48, "lock": 56,  # lock: held by owner during a run
     },
     "job": {  # one run of a program
         "program": 0, "table": 1, "n": 2, "stop": 3, "failed": 4, "python": 5, "flag": 6,
@@ -112,6 +114,51 @@ define internal void @leave_mode(i64 %mode) {{
 }}
 """
 
+PLACES = {  # on which processor a thread runs, and how it moves to another one
+    True: """
+declare i32 @sched_getcpu()
+declare i32 @sched_getaffinity(i32, i64, ptr)
+declare i32 @sched_setaffinity(i32, i64, ptr)
+define internal i64 @processor() {
+  %found = call i32 @sched_getcpu()
+  %number = sext i32 %found to i64
+  ret i64 %number
+}
+define internal void @step_aside(i64 %number) {
+entry:
+  %allowed = alloca [16 x i64]
+  %got = call i32 @sched_getaffinity(i32 0, i64 128, ptr %allowed)
+  %known = icmp sgt i32 %got, 0
+  %fits = icmp ult i64 %number, 1024
+  %can = and i1 %known, %fits
+  br i1 %can, label %move, label %out
+move:
+  %place = lshr i64 %number, 6
+  %at = getelementptr i64, ptr %allowed, i64 %place
+  %before = load i64, ptr %at
+  %rest = and i64 %number, 63
+  %bit = shl i64 1, %rest
+  %mask = xor i64 %bit, -1
+  %others = and i64 %before, %mask
+  store i64 %others, ptr %at
+  call i32 @sched_setaffinity(i32 0, i64 128, ptr %allowed)
+  store i64 %before, ptr %at
+  call i32 @sched_setaffinity(i32 0, i64 128, ptr %allowed)
+  br label %out
+out:
+  ret void
+}
+""",
+    False: """
+define internal i64 @processor() {
+  ret i64 -1
+}
+define internal void @step_aside(i64 %number) {
+  ret void
+}
+""",
+}
+
 
 # The runner
 
@@ -122,6 +169,7 @@ def runner() -> str:
     message = f"needle: expected an x86-64 or ARM64 processor; received {host().triple}"
     expect(mode, message + "; use needle.cpu_numpy()", NotImplementedError)
     text = Path(__file__).with_name("runner.ll").read_text("utf-8") + MODE.format(*mode or ())
+    text += PLACES[sys.platform == "linux"]
     for name, value in CONSTANTS.items():
         text = re.sub(rf"\b{name}\b", str(value), text)
     return fall_through(re.sub(MACRO, expand, text, flags=re.MULTILINE).splitlines())

@@ -578,6 +578,15 @@ def test_parameters_that_are_views() -> None:
     assert len(step.variants()) == 1
 
 
+def test_labels_from_outside_are_read_at_each_call() -> None:
+    y = ndl.Tensor(np.array([0, 1, 2, 1]), dtype="int64")
+    x = data(4, 3)
+    loss = ndl.jit(lambda x: ndl.cross_entropy(x, y))
+    for values in ([0, 1, 2, 1], [2, 2, 0, 0]):
+        y.data = ndl.Tensor(np.array(values), dtype="int64")
+        assert loss(x).item() == ndl.cross_entropy(x, y).item()
+
+
 # Under autograd
 
 

@@ -39,7 +39,7 @@ from needle.dtype import LOW_PRECISION, DType, bfloat16, bool_, float32, int64, 
 from needle.ops.order import SEGMENT
 
 DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
-SMALL = 4  # rows of the micro-kernel for what is left of a strip
+SMALL = 4  # rows of the micro-kernel for what is left of a strip, and of a unit
 FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it is swept with
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
@@ -210,18 +210,11 @@ class Core:
         micros = [emit_micro(self, rows, n) for rows in (self.rows, SMALL) for n in (2, 1)]
         turns = [emit_transpose(self, side) for side in self.sides]
         spreads = [emit_spread(self, name) for name in self.packing]
-        packers = [
-            emit_pair(self),
-            emit_copy(self),
-            *spreads,
-            *turns,
-            emit_gather(self),
-            emit_pack(self),
-        ]
-        thin = [
-            emit(self, rows) for emit in (emit_dots, emit_sweep) for rows in FEW if self.is_wide
-        ]
-        return "\n\n".join([*micros, *packers, *thin, Block(self, name).f.text])
+        packers = [emit_copy(self), *spreads, *turns, emit_gather(self), emit_pack(self)]
+        more = [emit_pair(self)] if self.dot else []
+        if self.is_wide:
+            more += [emit(self, rows) for emit in (emit_dots, emit_sweep) for rows in FEW]
+        return "\n\n".join([*micros, *packers, *more, Block(self, name).f.text])
 
     def add(self, f: Function, x: str, y: str) -> str:
         return f.arithmetic("or" if self.dtype == bool_ else "add", self.value, self.lanes, [x, y])
@@ -422,8 +415,6 @@ def emit_sweep(core: Core, rows: int) -> str:
 
 SPREAD = "(ptr %to, ptr %from, i64 %outer, i64 %rows, i64 %length)"
 PACK = "(ptr %to, i64 %pitch, ptr %from, i64 %outer, i64 %inner, i64 %rows, i64 %length)"
-
-
 PAIR = "(ptr %to, i64 %pitch, i64 %count)"
 
 

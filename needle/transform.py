@@ -32,9 +32,12 @@ class Point:
     """A function's value at a point, and the leaves by which it is differentiated."""
 
     def __init__(
-        self, name: str, function: Function, args: Iterable[Any], argnums: Iterable[int],
+        self, name: str, function: Any, args: Iterable[Any], argnums: Iterable[int],
         kwargs: Any = None, has_aux: bool = False,
     ) -> None:  # fmt: skip
+        if not callable(function):
+            kind = type(function).__name__
+            raise TypeError(f"{name}: expected a function of Tensors; received a {kind}")
         given, fresh = list(args), set[Tensor]()
         for n in argnums:
             for path, x in walk(given[n], f"argument {n}"):

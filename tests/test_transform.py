@@ -487,6 +487,8 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
      "(x,), (v,)"),
     (lambda: ndl.hvp(square, (X3,), (X3, X3)), ValueError,
      "hvp: expected tangents at tangent[0]; received tangent[0], tangent[1]"),
+    (lambda: ndl.vjp(X3, X3), TypeError,
+     "vjp: expected a function of Tensors; received a Tensor"),
     (lambda: ndl.hessian(square)([X3]), TypeError,
      "hessian: expected a Tensor; received a list"),
 ]  # fmt: skip

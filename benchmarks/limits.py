@@ -2,6 +2,7 @@
 PyTorch (MKL) and JAX where they are installed.
 
     python benchmarks/limits.py [--json limits.json] [--rounds 5] [--threads 2] [--dtypes float32]
+        [--libraries needle NumPy PyTorch JAX]
 
 The arithmetic peak is measured in every round, just before all take their turns; the table shows
 medians of rounds as shares of it: of C = A B (NN), and of the gradients dA = dC B^T (NT) and
@@ -30,6 +31,7 @@ import needle as ndl
 from needle.compiler import limits
 
 Matmul = Callable[[], Any]
+LIBRARIES = ["needle", "NumPy", "PyTorch", "JAX"]
 
 SQUARES = [(n, n, n) for n in (2048, 1024, 512, 256)]
 SHAPES: list[tuple[int, ...]] = [*SQUARES, (100, 784, 100), (48, 64, 32, 64), (512, 784, 1024)]
@@ -78,9 +80,9 @@ class Peer:
         return (lambda: flip(a) @ b) if form == "TN" else (lambda: a @ b)
 
 
-def peers(threads: int) -> list[Peer]:
+def peers(names: list[str], threads: int) -> list[Peer]:
     found = []
-    for name in ("needle", "NumPy", "PyTorch", "JAX"):
+    for name in names:
         try:
             found.append(Peer(name, threads))
         except ImportError:
@@ -190,13 +192,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=ndl.get_num_threads())
     parser.add_argument("--dtypes", nargs="*", default=["float32", "float64"])
+    parser.add_argument("--libraries", nargs="*", default=LIBRARIES, choices=LIBRARIES)
     options = parser.parse_args()
     ndl.set_num_threads(options.threads)
     for dtype in options.dtypes:
         one, all_ = (limits.measure_peak(np.dtype(dtype), n) / 1e9 for n in (1, options.threads))
         print(f"{dtype}: {one:.0f} GFLOP/s on one core, {all_:.0f} on {options.threads} threads")
     print(f"reading memory: {limits.measure_bandwidth(options.threads) / 1e9:.1f} GB/s")
-    found, tables = peers(options.threads), {}
+    found, tables = peers(options.libraries, options.threads), {}
     with ndl.no_grad():
         for dtype in options.dtypes:
             given = (found, dtype, options.threads, options.rounds)

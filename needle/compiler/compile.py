@@ -202,16 +202,9 @@ class Recipes:
         work = int(found.units * found.cost / WORTH)
         checks = schedule.has_checks(nest)
         return Launch(
-            found.key,
-            slots,
-            list(found.values),
-            found.units,
-            grain,
-            work,
-            found.scratch,
-            kernel,
+            found.key, slots, list(found.values), found.units, grain, work, found.scratch, kernel,
             checks,
-        )
+        )  # fmt: skip
 
     def slot(self, buffer: Buffer | contract.Core) -> tuple[str, int, int]:
         """Where a buffer's address, or that of a contraction's core, comes from."""

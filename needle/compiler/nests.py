@@ -63,6 +63,7 @@ from needle.ops.index import Gather
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
+SHORT = 8  # elements that are no row
 
 
 class Layout:
@@ -282,6 +283,21 @@ class Shaper:
                 indices[axis] = each
         self.replace(parts, indices)
 
+    def is_short(self) -> bool:
+        """Whether the last axis, which vectors lie along, is shorter than the one before it."""
+        return (
+            self.outer is None
+            and len(self.sizes) > 1
+            and self.sizes[-1] < min(SHORT, self.sizes[-2])
+        )
+
+    def turn(self) -> None:
+        """The last two axes in the other order."""
+        *rest, m, n = range(len(self.sizes))
+        table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
+        self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
+        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]
+
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
         found: list[list[int]] = []
@@ -332,6 +348,8 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         elif shaper.outer is not None and len(shaper.sizes) > shaper.outer + 1:
             last = range(shaper.outer, len(shaper.sizes))
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
+        elif shaper.is_short():
+            shaper.turn()
         else:
             break
         del layout.checks[count:]

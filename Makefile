@@ -3,6 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS := 2
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.14 python3.13 python3.12 python3.11 python3 python)
 
@@ -15,8 +16,8 @@ help: ## list the targets
 train: $(VENV)/.train ## train an MLP-ResNet on the embedded handwritten digits
 	@$(BIN)/needle train mlp_resnet $(ARGS)
 
-test: $(VENV)/.dev ## run the tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: $(VENV)/.dev ## run the tests, in two processes (JOBS=n for others)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 fuzz: $(VENV)/.dev ## compare 5,000 random programs in every mode, bit by bit (FUZZ=n for others)
 	@FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest -q tests/test_same_bits.py $(ARGS)

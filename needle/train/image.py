@@ -1,22 +1,18 @@
 """Any picture as a model's input: grey, of the model's size, light strokes on a dark ground.
 
-In: a file that nobody vouches for, decoded by Pillow. Out: float32 (height, width, 1) in [0, 1].
+In: a file. Out: float32 (height, width, 1) in [0, 1].
 Next: folder.py.
 """
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from needle.errors import expect
-from needle.files import AnyPath, import_extra, reading
+from needle.data.picture import decode_picture
+from needle.files import AnyPath
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
-MOST_PIXELS = 64_000_000
 NEAR = 512  # pixels along a side; a picture of at least twice as many first shrinks by a factor
 
 
@@ -26,18 +22,9 @@ def read_image(path: AnyPath, height: int, width: int, span: float = 1.0) -> np.
     A transparent one is put on the ground that its strokes contrast with, one with a light ground
     is inverted. One of another size is resized in its own proportions; if its strokes span much
     less of it than `span`, the share that they span in the model's data, it is cropped to them.
-    FileError where the file cannot be decoded or has more than 64 million pixels,
-    FileNotFoundError where there is none, ImportError without Pillow.
+    The errors of `decode_picture`.
     """
-    pillow = import_extra("PIL.Image", "data")
-    message = f"{path}: expected a picture; received a path without a file"
-    expect(Path(path).is_file(), message, FileNotFoundError)
-    expected = f"a picture ({', '.join(FORMATS)}) of at most {MOST_PIXELS:,} pixels"
-    # Pillow warns of many pixels, too, where the limit is lower here.
-    with reading(path, expected), warnings.catch_warnings(action="ignore"):
-        with pillow.open(path, formats=FORMATS) as image:
-            expect(image.width * image.height <= MOST_PIXELS, f"a size of {image.size}")
-            grey = make_grey(pillow, image)
+    pillow, grey = decode_picture(path, lambda *given: (given[0], make_grey(*given)))
     pixels = np.asarray(grey)
     ground = np.median([*pixels[0], *pixels[-1], *pixels[:, 0], *pixels[:, -1]])
     if grey.size != (width, height):

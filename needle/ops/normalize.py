@@ -288,6 +288,20 @@ class BatchNorm(Normalization):
     shared = axes
 
 
+@primitive
+class InstanceNorm(Normalization):
+    """The normalisation of each sample's channels, x (n, places, channels) over its places (Ulyanov
+    et al., 2016)"""
+
+    eps: float
+
+    def axes(self, x: Tensor) -> tuple[int, ...]:
+        return (1,)
+
+    def shared(self, x: Tensor) -> tuple[int, ...]:
+        return (0, 1)
+
+
 def batch_axes(x: Tensor) -> tuple[int, ...]:
     return tuple(axis for axis in range(x.ndim) if axis != 1)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import needle.ops as ops
-from needle.compiler.fuse import Fuser, Group, Indices, Piece, reduced_axes
+from needle.compiler.fuse import Fuser, Group, Indices, Piece, lay_of, reduced_axes
 from needle.compiler.graph import Constant, Item, Node
 from needle.compiler.index import (
     Index,
@@ -396,9 +396,14 @@ def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequen
         number, index, _ = found[0]
         x = x.inputs[number]
     buffer, place = layout.place(x, index)
-    strides = [place.terms.get(axis, 0) for axis in range(len(sizes))]
-    assert all(isinstance(atom, int) for atom in place.terms), "an operand without strides"
-    return Operand(buffer, place.constant, tuple(strides[:-2]), strides[-2], strides[-1])
+    ways = lay_of([place], sizes)
+    assert ways is not None, "an operand without strides"
+    batch, (outer, inner) = ways[:-2], ways[-2:]
+    assert all(len(each) == 1 for each in batch), "windows of batch axes"
+    steps = tuple(stride for ((_, stride),) in batch)
+    if len(outer) == len(inner) == 1:
+        return Operand(buffer, place.constant, steps, outer[0][1], inner[0][1])
+    return Operand(buffer, place.constant, steps, 0, 0, (outer, inner))
 
 
 def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:

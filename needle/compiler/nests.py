@@ -63,6 +63,7 @@ from needle.ops.index import Gather
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
+SHORT = 8  # elements along the last axis that leave most of a vector idle
 
 
 class Layout:
@@ -282,6 +283,23 @@ class Shaper:
                 indices[axis] = each
         self.replace(parts, indices)
 
+    def turn(self, axis: int) -> None:
+        """An axis becomes the last one."""
+        order = [*(each for each in range(len(self.sizes)) if each != axis), axis]
+        table = {each: coordinate(place) for place, each in enumerate(order)}
+        self.sizes = [self.sizes[each] for each in order]
+        self.table = {a: substitute(each, table, self.sizes) for a, each in self.table.items()}
+
+    def long_axis(self, loops: Loops) -> int | None:
+        """An axis that vectors fill, and along which something lies in memory, where the last axis
+        is shorter than a vector: as where images of few channels are turned."""
+        *sizes, last = self.sizes or [0]
+        if self.outer is not None or last >= SHORT:
+            return None
+        long = [axis for axis, size in enumerate(sizes) if size >= 2 * SHORT]
+        found = [axis for axis in long if any(each.terms.get(axis) == 1 for each in loops.used)]
+        return found[-1] if found else None
+
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
         found: list[list[int]] = []
@@ -332,6 +350,8 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         elif shaper.outer is not None and len(shaper.sizes) > shaper.outer + 1:
             last = range(shaper.outer, len(shaper.sizes))
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
+        elif (axis := shaper.long_axis(loops)) is not None:
+            shaper.turn(axis)
         else:
             break
         del layout.checks[count:]

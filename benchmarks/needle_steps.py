@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 import needle as ndl
-from needle import nn, ops, optim
+from needle import models, nn, ops, optim
 from needle.autograd import Tensor
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -75,6 +75,12 @@ def mlp_resnet() -> tuple[Step, Batch]:
     return trainer(model, optimizer), (floats(100, 784), labels(10, 100))
 
 
+def resnet9() -> tuple[Step, Batch]:
+    model = models.ResNet9()
+    optimizer = optim.Adam(model.parameters(), 1e-3, weight_decay=1e-3)
+    return trainer(model, optimizer), (floats(128, 3, 32, 32), labels(10, 128))
+
+
 class Attention(nn.Module):
     """Causal self-attention of several heads."""
 
@@ -134,7 +140,8 @@ def gpt_nano() -> tuple[Step, Batch]:
 
 
 WORKLOADS = {
-    "mlp_tiny": mlp_tiny, "mlp_resnet": mlp_resnet, "mlp_wide": mlp_wide, "gpt_nano": gpt_nano,
+    "mlp_tiny": mlp_tiny, "mlp_resnet": mlp_resnet, "mlp_wide": mlp_wide, "resnet9": resnet9,
+    "gpt_nano": gpt_nano,
 }  # fmt: skip
 
 

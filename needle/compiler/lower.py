@@ -319,6 +319,13 @@ def flip(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[S
     return [(0, tuple(found), None)]
 
 
+def windows(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
+    first, *middle, last = index
+    count = len(op.size)
+    pairs = zip(middle[:count], op.stride, middle[count:], op.dilation, strict=True)
+    return [(0, (first, *(o * s + t * d for o, s, t, d in pairs), last), None)]
+
+
 def both(a: Expr | None, b: Expr | None) -> Expr | None:
     return b if a is None else a if b is None else a & b
 
@@ -372,9 +379,9 @@ def stack(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[
 MOVEMENT: dict[type, Callable[..., list[Source]]] = {
     ops.Reshape: reshape, ops.BroadcastTo: broadcast, ops.Permute: permute, ops.Slice: slice_,
     ops.Flip: flip, ops.Pad: pad, Unslice: unslice, ops.Concatenate: join, ops.Stack: stack,
-    After: after,
+    After: after, ops.Windows: windows,
 }  # fmt: skip
-VIEWS = (ops.Reshape, ops.BroadcastTo, ops.Permute, ops.Slice, ops.Flip, After)
+VIEWS = (ops.Reshape, ops.BroadcastTo, ops.Permute, ops.Slice, ops.Flip, ops.Windows, After)
 
 
 def filler(op: Any, dtype: DType) -> Expr:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import needle.ops as ops
-from needle.compiler.fuse import Fuser, Group, Indices, Piece, reduced_axes
+from needle.compiler.fuse import Fuser, Group, Indices, Piece, lay_of, reduced_axes
 from needle.compiler.graph import Constant, Item, Node
 from needle.compiler.index import (
     Index,
@@ -63,6 +63,7 @@ from needle.ops.index import Gather
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
+SHORT = 8  # elements along the last axis that leave most of a vector idle
 
 
 class Layout:
@@ -282,6 +283,23 @@ class Shaper:
                 indices[axis] = each
         self.replace(parts, indices)
 
+    def turn(self, axis: int) -> None:
+        """An axis becomes the last one."""
+        order = [*(each for each in range(len(self.sizes)) if each != axis), axis]
+        table = {each: coordinate(place) for place, each in enumerate(order)}
+        self.sizes = [self.sizes[each] for each in order]
+        self.table = {a: substitute(each, table, self.sizes) for a, each in self.table.items()}
+
+    def long_axis(self, loops: Loops) -> int | None:
+        """An axis that vectors fill, and along which something lies in memory, where the last axis
+        is shorter than a vector: as where images of few channels are turned."""
+        *sizes, last = self.sizes or [0]
+        if self.outer is not None or last >= SHORT:
+            return None
+        long = [axis for axis, size in enumerate(sizes) if size >= 2 * SHORT]
+        found = [axis for axis in long if any(each.terms.get(axis) == 1 for each in loops.used)]
+        return found[-1] if found else None
+
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
         found: list[list[int]] = []
@@ -332,6 +350,8 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         elif shaper.outer is not None and len(shaper.sizes) > shaper.outer + 1:
             last = range(shaper.outer, len(shaper.sizes))
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
+        elif (axis := shaper.long_axis(loops)) is not None:
+            shaper.turn(axis)
         else:
             break
         del layout.checks[count:]
@@ -396,9 +416,14 @@ def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequen
         number, index, _ = found[0]
         x = x.inputs[number]
     buffer, place = layout.place(x, index)
-    strides = [place.terms.get(axis, 0) for axis in range(len(sizes))]
-    assert all(isinstance(atom, int) for atom in place.terms), "an operand without strides"
-    return Operand(buffer, place.constant, tuple(strides[:-2]), strides[-2], strides[-1])
+    ways = lay_of([place], sizes)
+    assert ways is not None, "an operand without strides"
+    batch, (outer, inner) = ways[:-2], ways[-2:]
+    assert all(len(each) == 1 for each in batch), "windows of batch axes"
+    steps = tuple(stride for ((_, stride),) in batch)
+    if len(outer) == len(inner) == 1:
+        return Operand(buffer, place.constant, steps, outer[0][1], inner[0][1])
+    return Operand(buffer, place.constant, steps, 0, 0, (outer, inner))
 
 
 def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:

@@ -1,6 +1,7 @@
 """Layers and losses as functions, `nn.functional`: the modules add parameters and settings to them.
 
-Most are ops under the names that the field gives them here. Next: activation.py.
+Most are ops under the names that the field gives them here. Functions of images take them as
+(n, channels, *sizes) or, where channels_last=True, (n, *sizes, channels). Next: activation.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from needle.array.spec import as_shape
 from needle.autograd import Tensor
 from needle.errors import expect
 from needle.init import ones_like, randb
+from needle.nn.layout import in_all_ranks, on_images, to_first, to_last
 
 # fmt: off
 # isort: off
@@ -21,6 +23,7 @@ from needle.ops import (
     log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
     softplus, tanh,
 )
+from needle.ops import conv, conv_transpose, pool, resize
 from needle.ops.elementwise import Operand, as_float, narrowed
 # fmt: on
 # isort: on
@@ -35,6 +38,48 @@ def linear(x: Operand, weight: Tensor, bias: Maybe = None) -> Tensor:
         return y
     bias = narrowed(bias)
     return y + (bias.reshape(y.shape) if y.ndim == 1 else bias)
+
+
+# Images
+
+
+def convolve(
+    x: Operand, weight: Tensor, bias: Maybe = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """`ops.conv`, plus bias (out,); weight is (*kernel, in / groups, out)."""
+    return shifted("conv", conv(x, weight, stride, padding, dilation, groups), bias)
+
+
+def convolve_transposed(
+    x: Operand, weight: Tensor, bias: Maybe = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Tensor:  # fmt: skip
+    """`ops.conv_transpose`, plus bias (out,); weight is (*kernel, out / groups, in)."""
+    settings = stride, padding, output_padding, dilation, groups
+    return shifted("conv_transpose", conv_transpose(x, weight, *settings), bias)
+
+
+def shifted(name: str, y: Tensor, bias: Maybe) -> Tensor:
+    check_shapes(name, y.shape[-1:], bias=bias)
+    return y if bias is None else y + narrowed(bias)
+
+
+conv1d, conv2d, conv3d = in_all_ranks("conv", convolve)
+conv_transpose1d, conv_transpose2d, conv_transpose3d = in_all_ranks(
+    "conv_transpose", convolve_transposed
+)
+max_pool1d, max_pool2d, max_pool3d = in_all_ranks("max_pool", pool.max_pool)
+avg_pool1d, avg_pool2d, avg_pool3d = in_all_ranks("avg_pool", pool.avg_pool)
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = in_all_ranks(
+    "adaptive_max_pool", pool.adaptive_max_pool
+)
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = in_all_ranks(
+    "adaptive_avg_pool", pool.adaptive_avg_pool
+)
+interpolate = on_images("interpolate", resize.interpolate)
+pixel_shuffle = on_images("pixel_shuffle", resize.pixel_shuffle, 2)
+pixel_unshuffle = on_images("pixel_unshuffle", resize.pixel_unshuffle, 2)
 
 
 def check_probability(p: float) -> float:
@@ -53,6 +98,18 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True) -> Tensor:
         return x
     mask = randb(*x.shape, p=1 - p, device=x.device)
     return normalize.masked(x, mask, p) if p < 1 else x * 0.0
+
+
+def drop_channels(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """Dropout of whole channels of x (n, *sizes, channels) (Tompson et al., 2015)"""
+    check_probability(p)
+    if not training:
+        return x
+    mask = randb(x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1], p=1 - p, device=x.device)
+    return normalize.masked(x, mask, p) if p < 1 else x * 0.0
+
+
+dropout1d, dropout2d, dropout3d = in_all_ranks("dropout", drop_channels)
 
 
 # Normalisations
@@ -81,28 +138,52 @@ def batch_norm(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    channels_last: bool = False,
 ) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias per channel of x (n, channels, ...).
 
     In training with the batch's mean and biased variance, towards which the running ones move,
     r = (1 - momentum) * r + momentum * batch (as in the course; PyTorch's variance is unbiased);
     else with the running ones. A batch of one element has variance 0, so that y is the bias.
-    (Ioffe and Szegedy, 2015)
+    Statistics are added place by place, in the order of n and sizes. (Ioffe and Szegedy, 2015)
     """
     x = as_float(x)
     expect(x.ndim > 1, f"batch_norm: expected x of shape (n, channels, ...); received {x.shape}")
-    check_shapes("batch_norm", x.shape[1:2], running_mean=running_mean, running_var=running_var)
-    affine = affine_of("batch_norm", x.shape[1:2], weight, bias)
+    images = x if channels_last else to_last(x)
+    *places, channels = images.shape
+    rows = images if x.ndim == 2 else images.reshape((math.prod(places), channels))
+    check_shapes("batch_norm", (channels,), running_mean=running_mean, running_var=running_var)
+    affine = affine_of("batch_norm", (channels,), weight, bias)
     if training:
         expect(x.size, f"batch_norm: expected a batch with elements; received {x.shape}")
         if running_mean is not None and running_var is not None:
             move = normalize.RunningStatistics(float(momentum))
-            moved = move(x.detach(), running_mean, running_var)
+            moved = move(rows.detach(), running_mean, running_var)
             running_mean.data, running_var.data = moved[0], moved[1]
-        return normalize.BatchNorm(float(eps))(x, *affine)
-    if running_mean is None or running_var is None:
+        y = normalize.BatchNorm(float(eps))(rows, *affine)
+    elif running_mean is None or running_var is None:
         raise ValueError("batch_norm: expected running_mean and running_var in evaluation")
-    return normalize.NormalizeWith(float(eps))(x, running_mean, running_var, *affine)
+    else:
+        y = normalize.NormalizeWith(float(eps))(rows, running_mean, running_var, *affine)
+    y = y if x.ndim == 2 else y.reshape(images.shape)
+    return y if channels_last else to_first(y)
+
+
+def instance_norm(
+    x: Operand, weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
+    channels_last: bool = False,
+) -> Tensor:  # fmt: skip
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per sample and channel of x (n, channels,
+    *sizes); var is biased. (Ulyanov et al., 2016)
+    """
+    x = as_float(x)
+    expect(x.ndim > 2, f"instance_norm: expected x of shape (n, channels, *sizes); got {x.shape}")
+    images = x if channels_last else to_last(x)
+    n, *sizes, channels = images.shape
+    affine = affine_of("instance_norm", (channels,), weight, bias)
+    places = images.reshape((n, math.prod(sizes), channels))
+    y = normalize.InstanceNorm(float(eps))(places, *affine).reshape(images.shape)
+    return y if channels_last else to_first(y)
 
 
 def trailing(name: str, x: Tensor, shape: Any, weight: Maybe, bias: Maybe) -> tuple[int, Any]:

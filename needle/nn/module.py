@@ -141,6 +141,7 @@ class Module(Holder):
 
     training: bool = True
     unnamed: str = ""  # the attribute whose items are named by their index alone
+    outputs_first: tuple[str, ...] = ()  # tensors whose last axes PyTorch swaps and puts in front
     _hooks: tuple[Handle, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

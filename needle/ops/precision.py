@@ -12,11 +12,13 @@ from typing import Any
 
 import needle.ops.activation as act
 import needle.ops.contract as con
+import needle.ops.conv as cv
 import needle.ops.elementwise as ew
 import needle.ops.index as ix
 import needle.ops.loss as lo
 import needle.ops.movement as mo
 import needle.ops.normalize as no
+import needle.ops.pool as po
 import needle.ops.reduce as re
 import needle.ops.tuples as tu
 import needle.ops.update as up
@@ -26,12 +28,13 @@ from needle.ops.device import ToDevice
 from needle.ops.elementwise import NARROWABLE, narrowed, widened
 from needle.ops.random import RandomUniform
 
-LOW: tuple[type[Op], ...] = (con.MatMul, con.BroadcastMatMul)
+LOW: tuple[type[Op], ...] = (con.MatMul, con.BroadcastMatMul, cv.Conv, cv.ConvTranspose)
 FLOAT32: tuple[type[Op], ...] = (
     ew.Exp, ew.Expm1, ew.Log, ew.Log1p, ew.Rsqrt, ew.EWisePow, ew.PowerScalar, act.Softplus,
     re.Summation, re.CumSum, no.Mean, no.Variance, no.StandardDeviation,
     no.LogSumExp, no.Softmax, no.LogSoftmax,
-    no.LayerNorm, no.RMSNorm, no.BatchNorm, no.NormalizeWith, lo.PairLoss, lo.ClassLoss,
+    no.LayerNorm, no.RMSNorm, no.BatchNorm, no.InstanceNorm, no.NormalizeWith,
+    lo.PairLoss, lo.ClassLoss,
 )  # fmt: skip
 AS_GIVEN: tuple[type[Op], ...] = (
     # elementwise: in the widest of the operands' dtypes, as everywhere
@@ -42,9 +45,10 @@ AS_GIVEN: tuple[type[Op], ...] = (
     ew.Cast, ew.StopGradient, ew.BroadcastTo, no.Masked,
     act.Sigmoid, act.SiLU, act.GELU, act.ELU, act.LeakyReLU,
     # choice and movement
-    re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd,
+    re.Max, re.Min, po.MaxPool, po.FirstMax, po.AvgPool, re.ArgMax, re.ArgMin, ix.ArgSort,
+    ix.Gather, ix.ScatterAdd,
     mo.Reshape, mo.After, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip,
-    mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, ToDevice,
+    mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, cv.Windows, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,
     # what never runs in low precision for autocast's sake
     CompositeGradient, RandomUniform, up.ClippedByNorm, up.BiasCorrection, up.SGDUpdate,

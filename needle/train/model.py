@@ -1,10 +1,4 @@
-"""The model of a run, the MLP-ResNet of CMU 10-414/714, and what it is worth on data.
-
-Residual blocks (He et al., 2016) of linear layers:
-
-    x -> Flatten -> Linear(features, hidden) -> ReLU -> blocks -> Linear(hidden, classes)
-    block(x) = relu(x + branch(x)), branch: Linear(hidden, hidden // 2) -> BatchNorm -> ReLU
-        -> Dropout -> Linear(hidden // 2, hidden) -> BatchNorm
+"""The model of a run (needle/models/mlp_resnet.py), and what it is worth on data.
 
 Next: metrics.py.
 """
@@ -20,26 +14,17 @@ from needle import nn, ops
 from needle.autograd import Tensor, no_grad
 from needle.backend.device import Device
 from needle.data import DataLoader, ImageDataset
+from needle.models.mlp_resnet import make_mlp_resnet
 from needle.train.config import TASKS, TrainConfig
 
 TEST_BATCH = 1000
 
 
-def make_block(dim: int, hidden: int, dropout: float, device: Device | None) -> nn.Module:
-    """One block, (n, dim) -> (n, dim)."""
-    first, norm = nn.Linear(dim, hidden, device=device), nn.BatchNorm1d(hidden, device=device)
-    last = nn.Linear(hidden, dim, device=device), nn.BatchNorm1d(dim, device=device)
-    branch = nn.Sequential(first, norm, nn.ReLU(), nn.Dropout(dropout), *last)
-    return nn.Sequential(nn.Residual(branch), nn.ReLU())
-
-
 def make_model(config: TrainConfig, device: Device | None = None) -> nn.Module:
     """The configured model with random parameters, (n, height, width, channels) -> (n, classes)."""
-    task, hidden = TASKS[config.data], config.hidden_dim
-    layers = [nn.Flatten(), nn.Linear(math.prod(task.shape), hidden, device=device), nn.ReLU()]
-    for _ in range(config.num_blocks):
-        layers.append(make_block(hidden, hidden // 2, config.dropout, device))
-    return nn.Sequential(*layers, nn.Linear(hidden, len(task.classes), device=device))
+    task = TASKS[config.data]
+    numbers = config.hidden_dim, config.num_blocks, len(task.classes), config.dropout
+    return make_mlp_resnet(math.prod(task.shape), *numbers, device)
 
 
 def state_size(config: TrainConfig) -> int:

@@ -1,0 +1,6 @@
+"""Models that people train, each in a file of its own: mlp_resnet.py, resnet.py."""
+
+# fmt: off
+# isort: off
+from needle.models.mlp_resnet import make_mlp_resnet
+from needle.models.resnet import ResNet, ResNet9, resnet18, resnet50

@@ -1,2 +1,4 @@
 """fold_batchnorm."""
+
+
 def fold_batchnorm(): ...

@@ -167,7 +167,14 @@ class Pooling:
     """What a pooling's arguments say of the windows of x."""
 
     def __init__(
-        self, name: str, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
+        self,
+        name: str,
+        x: Tensor,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        ceil: bool,
     ) -> None:
         count, sizes = x.ndim - 2, x.shape[1:-1]
         self.kernel = per_axis(name, "kernel_size", kernel, count, 1)

@@ -73,13 +73,13 @@ class TrainConfig:
     fashion_mnist are fetched, text is the sources of Python's standard library. epochs: passes over
     the data; max_steps: above 0, the run has so many steps instead. eval_every: in steps; 0 stands
     for an epoch. eval_samples: windows of the text that tests, evenly; 0 for all. schedule: of the
-    learning rate, over all steps. min_lr, warmup_steps: of cosine, the warm-up at most half of the run. momentum:
-    of sgd. beta1, beta2: of adam and adamw. decay_vectors: whether weight decay acts on biases and
-    norms, too. max_norm: of all gradients together; 0 does not clip. bias: of gpt. seed: of
-    weights, order and dropout. checkpoint_every: in steps; there is a checkpoint after every
-    evaluation, too. precision: bfloat16 trains under `ndl.autocast`, with parameters in float32.
-    jit: whether a step is one compiled program, which changes no bit. vocab_size: of the tokenizer,
-    set when a run begins.
+    learning rate, over all steps. min_lr, warmup_steps: of cosine, the warm-up at most half of the
+    run. momentum: of sgd. beta1, beta2: of adam and adamw. decay_vectors: whether weight decay acts
+    on biases and norms, too. max_norm: of all gradients together; 0 does not clip. bias: of gpt.
+    seed: of weights, order and dropout. checkpoint_every: in steps; there is a checkpoint after
+    every evaluation, too. precision: bfloat16 trains under `ndl.autocast`, with parameters in
+    float32. jit: whether a step is one compiled program, which changes no bit. vocab_size: of the
+    tokenizer, set when a run begins.
 
     ValueError for a value out of range, TypeError for one of another type; both name the field.
     """

@@ -42,6 +42,7 @@ LIGHT = 2  # operations behind any other value that several nodes compute again
 FEW_PARTS = 4  # a concatenation of more is written part by part
 SHARED = 16  # elements that read one and the same
 CHEAP = (Comparison, ops.Cast, ops.LogicalNot, ops.StopGradient, ops.Negate, ops.MulScalar)
+MOVES = (ops.Pad, ops.Reshape, ops.Permute)
 SHIFTS = (Subtract, ops.EWiseAdd, ops.EWiseMul)
 
 Indices = tuple[Index, ...]
@@ -151,7 +152,7 @@ class Fuser:
 
     def inline_or_place(self, node: Node) -> None:
         self.weigh(node, 1)
-        if self.is_inlined(node) or (self.is_shift(node) and not self.join_any(node)):
+        if self.is_inlined(node) or (self.may_repeat(node) and not self.join_any(node)):
             return
         self.place(node)
 
@@ -172,12 +173,18 @@ class Fuser:
         widens = type(users[0].op) is ops.BroadcastTo and prod(users[0].shape) > prod(node.shape)
         return light or not widens
 
-    def is_shift(self, node: Node) -> bool:
-        """Whether reading an element again costs no more than if it was stored: one input's, the
-        others being the same for many, as in x - mean."""
-        if "fuse" in OFF or node in self.outputs or not isinstance(node.op, SHIFTS):
+    def may_repeat(self, node: Node) -> bool:
+        """Whether computing an element again costs no more than keeping it.
+
+        It reads one input's, others being the same for many, as in x - mean; or all readers but
+        one, as relu's gradient, ask only for its sign.
+        """
+        if "fuse" in OFF or node in self.outputs:
             return False
-        return self.weight[node] <= LIGHT and sum(not is_spread(x) for x in node.inputs) == 1
+        if isinstance(node.op, SHIFTS) and self.weight[node] <= LIGHT:
+            return sum(not is_spread(x) for x in node.inputs) == 1
+        users = [type(x.op) for x in self.users[node] if not isinstance(x.op, Comparison)]
+        return len(users) == 1 and users[0] in MOVES and self.weight[node] <= FEW_OPS
 
     def place(self, node: Node) -> None:
         """Give a node memory of its own or a group to stay in: a member of some group."""

@@ -5,8 +5,8 @@
     x's own order, x * 1, x / 1, x + -0.0           -> x
     reshape(reshape(x))          -> reshape(x)
     permute(permute(x))          -> permute(x); transpose is a permute
-    add(permute(x), permute(y))  -> permute(add(x, y)), so that a permutation meets its inverse;
-                                    any elementwise op, also with broadcasts among its inputs
+    f(permute(x), ...)           -> permute(f(x, ...)) of an elementwise f, where the last axis
+                                    becomes the second one: images are computed channels last
     sum over axes of size 1      -> reshape(x)
     sum over trailing and other axes                -> the sum of sums (needle/ops/order.py)
     a long reduction to few elements                -> its chunks side by side, then fold
@@ -53,8 +53,20 @@ def rewrite(builder: Builder, op: Any, inputs: tuple[Node, ...]) -> Node | None:
     rule = LOWERED.get(type(op)) or ("simplify" not in OFF and ALGEBRA.get(type(op)))
     found = rule(builder, op, *inputs) if rule else None
     if found is None and getattr(op, "is_elementwise", False) and "simplify" not in OFF:
-        return permute_after(builder, op, inputs)
+        return hoist(builder, op, inputs)
     return found
+
+
+def hoist(builder: Builder, op: Any, inputs: tuple[Node, ...]) -> Node | None:
+    """The permutes of an elementwise op's inputs, after it."""
+    ndim = len(inputs[0].shape)
+    order = (0, ndim - 1, *range(1, ndim - 1))
+    found = [type(x.op) is Permute and x.op.order == order for x in inputs]
+    if ndim < 3 or not any(found) or (ndim == 3 and not all(found)):
+        return None
+    back = Permute(tuple(order.index(axis) for axis in range(ndim)))
+    moved = [builder.make(back, x) for x in inputs]
+    return builder.make(Permute(order), builder.make(op, *moved))
 
 
 def same(builder: Builder, op: Any, x: Node) -> Node | None:
@@ -87,26 +99,6 @@ def permute(builder: Builder, op: Permute, x: Node) -> Node | None:
     if type(x.op) is Permute:
         return builder.make(Permute(tuple(x.op.order[axis] for axis in op.order)), x.inputs[0])
     return None
-
-
-def permute_after(builder: Builder, op: Any, inputs: tuple[Node, ...]) -> Node | None:
-    orders = {x.op.order for x in inputs if type(x.op) is Permute}
-    if len(orders) != 1 or any(type(x.op) not in (Permute, BroadcastTo) for x in inputs):
-        return None
-    [order] = orders
-    back = Permute(tuple(order.index(axis) for axis in range(len(order))))
-    before = [permuted(builder, back, x) for x in inputs]
-    return builder.make(Permute(order), builder.make(op, *before))
-
-
-def permuted(builder: Builder, op: Permute, x: Node) -> Node:
-    """x, a permutation or a broadcast, with its axes in another order."""
-    if type(x.op) is Permute:
-        return builder.make(op, x)
-    [small] = x.inputs
-    aligned = builder.make(Reshape((1,) * (len(x.shape) - len(small.shape)) + small.shape), small)
-    shape = tuple(x.shape[axis] for axis in op.order)
-    return builder.make(BroadcastTo(shape), builder.make(op, aligned))
 
 
 def transpose(builder: Builder, op: Transpose, x: Node) -> Node | None:

@@ -1689,6 +1689,7 @@ CONVOLUTIONS = [
     conv_row("3d", (1, 3, 4, 3, 2), (2, 2, 2, 2, 3), 1, 0, 1, 1),
     conv_row("2d, stride, dilation", (1, 7, 6, 2), (2, 2, 2, 3), 3, 2, 2, 1),
     conv_row("2d, groups", (1, 4, 5, 4), (3, 3, 2, 6), 2, 1, 1, 2),
+    conv_row("2d, taps in the padding", (2, 1, 2, 2), (3, 3, 2, 3), 2, 1, 1, 1),
     conv_row("2d, depthwise", (1, 5, 4, 3), (3, 3, 1, 6), 1, 1, 1, 3),
     conv_transpose_row("2d", (2, 3, 2, 3), (3, 2, 2, 3), (6, 3), 2, 1, 1, 1, 1),
     conv_transpose_row("1d, groups", (1, 4, 4), (3, 1, 4), (10,), 3, 1, 0, 1, 2),

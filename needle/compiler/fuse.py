@@ -29,7 +29,7 @@ from needle.compiler.graph import Graph, Item, Node
 from needle.compiler.index import Index, coordinate, delinearize, digits, fixed, linearize
 from needle.compiler.loops import COLUMNS, ROWS, Digits, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
-from needle.ops.elementwise import Comparison
+from needle.ops.elementwise import Comparison, Subtract
 from needle.ops.index import Gather, ScatterAdd
 from needle.ops.movement import After
 from needle.ops.order import split_axes
@@ -40,7 +40,10 @@ MOST_INLINED = 48
 FEW_OPS = 8  # behind a truth value that is computed again rather than stored
 LIGHT = 2  # operations behind any other value that several nodes compute again
 FEW_PARTS = 4  # a concatenation of more is written part by part
+SHARED = 16  # elements that read one and the same
 CHEAP = (Comparison, ops.Cast, ops.LogicalNot, ops.StopGradient, ops.Negate, ops.MulScalar)
+MOVES = (ops.Pad, ops.Reshape, ops.Permute)
+SHIFTS = (Subtract, ops.EWiseAdd, ops.EWiseMul)
 
 Indices = tuple[Index, ...]
 
@@ -91,6 +94,10 @@ class Group:
 
 def coordinates(count: int) -> Indices:
     return tuple(coordinate(axis) for axis in range(count))
+
+
+def is_spread(x: Node) -> bool:
+    return type(x.op) is ops.BroadcastTo and prod(x.inputs[0].shape) * SHARED <= prod(x.shape)
 
 
 def is_elementwise(node: Node) -> bool:
@@ -145,8 +152,9 @@ class Fuser:
 
     def inline_or_place(self, node: Node) -> None:
         self.weigh(node, 1)
-        if not self.is_inlined(node):
-            self.place(node)
+        if self.is_inlined(node) or (self.may_repeat(node) and not self.join_any(node)):
+            return
+        self.place(node)
 
     def weigh(self, node: Node, own: int) -> None:
         """Note how many operations stand between a node and memory."""
@@ -165,18 +173,35 @@ class Fuser:
         widens = type(users[0].op) is ops.BroadcastTo and prod(users[0].shape) > prod(node.shape)
         return light or not widens
 
+    def may_repeat(self, node: Node) -> bool:
+        """Whether computing an element again costs no more than keeping it.
+
+        It reads one input's, others being the same for many, as in x - mean; or all readers but
+        one, as relu's gradient, ask only for its sign.
+        """
+        if "fuse" in OFF or node in self.outputs:
+            return False
+        if isinstance(node.op, SHIFTS) and self.weight[node] <= LIGHT:
+            return sum(not is_spread(x) for x in node.inputs) == 1
+        users = [type(x.op) for x in self.users[node] if not isinstance(x.op, Comparison)]
+        return len(users) == 1 and users[0] in MOVES and self.weight[node] <= FEW_OPS
+
     def place(self, node: Node) -> None:
         """Give a node memory of its own or a group to stay in: a member of some group."""
         if node in self.group_of or node in self.pieces or node.is_leaf:
             return
         if type(node.op) in (ops.Concatenate, ops.Stack):
             self.place_parts(node)
-            return
-        for group in self.candidates(node):
-            for index in self.indices_in(group, node):
-                if self.join(group, node, index):
-                    return
-        self.join(self.begin("loop", node.shape), node, coordinates(len(node.shape)))
+        elif not self.join_any(node):
+            self.join(self.begin("loop", node.shape), node, coordinates(len(node.shape)))
+
+    def join_any(self, node: Node) -> bool:
+        """Place a node in the group of something that it reads, if one takes it in."""
+        return any(
+            self.join(group, node, index)
+            for group in self.candidates(node)
+            for index in self.indices_in(group, node)
+        )
 
     def begin(self, kind: str, shape: tuple[int, ...]) -> Group:
         group = Group(len(self.groups), kind, shape)

@@ -9,6 +9,7 @@ Others are kinds of nests of their own: SPECIAL names them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from needle.compiler.index import (
     as_expr,
     divide,
     fixed,
+    linearize,
     reshape_index,
     within,
 )  # fmt: skip
@@ -331,9 +333,13 @@ def both(a: Expr | None, b: Expr | None) -> Expr | None:
 
 
 def pad(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
-    found, mask = [], None
-    for i, n, (before, _) in zip(index, shapes[0], op.widths, strict=True):
-        mask = both(mask, within(i, before, before + n, sizes))
+    found, mask, shape = [], None, shapes[0]
+    last = max((axis for axis, pair in enumerate(op.widths) if any(pair)), default=0)
+    for axis, (i, n, (before, _)) in enumerate(zip(index, shape, op.widths, strict=True)):
+        place, rest = i, 1
+        if axis == last:  # of the whole rest, with which the axis can then be one
+            place, rest = linearize(index[axis:], shape[axis:]), prod(shape[axis + 1 :])
+        mask = both(mask, within(place, before * rest, (before + n) * rest, sizes))
         found.append(i + -before)
     return [(0, tuple(found), mask)]
 

@@ -63,7 +63,7 @@ from needle.ops.index import Gather
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
-SHORT = 8  # elements along the last axis that leave most of a vector idle
+SHORT = 8  # elements that are no row
 
 
 class Layout:
@@ -283,22 +283,20 @@ class Shaper:
                 indices[axis] = each
         self.replace(parts, indices)
 
-    def turn(self, axis: int) -> None:
-        """An axis becomes the last one."""
-        order = [*(each for each in range(len(self.sizes)) if each != axis), axis]
-        table = {each: coordinate(place) for place, each in enumerate(order)}
-        self.sizes = [self.sizes[each] for each in order]
-        self.table = {a: substitute(each, table, self.sizes) for a, each in self.table.items()}
+    def is_short(self) -> bool:
+        """Whether the last axis, which vectors lie along, is shorter than the one before it."""
+        return (
+            self.outer is None
+            and len(self.sizes) > 1
+            and self.sizes[-1] < min(SHORT, self.sizes[-2])
+        )
 
-    def long_axis(self, loops: Loops) -> int | None:
-        """An axis that vectors fill, and along which something lies in memory, where the last axis
-        is shorter than a vector: as where images of few channels are turned."""
-        *sizes, last = self.sizes or [0]
-        if self.outer is not None or last >= SHORT:
-            return None
-        long = [axis for axis, size in enumerate(sizes) if size >= 2 * SHORT]
-        found = [axis for axis in long if any(each.terms.get(axis) == 1 for each in loops.used)]
-        return found[-1] if found else None
+    def turn(self) -> None:
+        """The last two axes in the other order."""
+        *rest, m, n = range(len(self.sizes))
+        table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
+        self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
+        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]
 
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
@@ -350,8 +348,8 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         elif shaper.outer is not None and len(shaper.sizes) > shaper.outer + 1:
             last = range(shaper.outer, len(shaper.sizes))
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
-        elif (axis := shaper.long_axis(loops)) is not None:
-            shaper.turn(axis)
+        elif shaper.is_short():
+            shaper.turn()
         else:
             break
         del layout.checks[count:]

@@ -108,15 +108,67 @@ def windows(x: Operand, size: Any, stride: Any = 1, dilation: Any = 1) -> Tensor
 
 
 class Geometry(NamedTuple):
-    """A convolution's numbers, a number for each axis."""
+    """A convolution's numbers, a number for each axis.
+
+    Taps that meet nothing but padding are left out: what they add is 0.
+    """
 
     size: Sizes  # of the image
     out: Sizes
-    kernel: Sizes
+    taps: Pairs  # the first one, and how many
     stride: Sizes
-    pads: Pairs
+    pads: Pairs  # before and after, so that the last window ends with the last element
     dilation: Sizes
     groups: int
+
+    @property
+    def kernel(self) -> Sizes:
+        return tuple(count for _, count in self.taps)
+
+    def framed(self, x: Tensor) -> Tensor:
+        """An image with its padding; cut where that is negative."""
+        for function, sign in ((pad, 1), (crop, -1)):
+            widths = [(max(sign * a, 0), max(sign * b, 0)) for a, b in self.pads]
+            x = function(x, [(0, 0), *widths, (0, 0)]) if any(map(any, widths)) else x
+        return x
+
+    def weights(self, w: Tensor) -> Tensor:
+        """Those of the taps that count."""
+        return w if w.shape[:-2] == self.kernel else Slice(self.ranges(w.shape))(w)
+
+    def spread(self, dw: Tensor, shape: Sizes) -> Tensor:
+        """The gradient of all weights from that of those that count."""
+        return dw if dw.shape == shape else Unslice(self.ranges(shape), shape)(dw)
+
+    def ranges(self, shape: Sizes) -> tuple[tuple[int, int, int], ...]:
+        """The place in the weights of the taps that count."""
+        return (*((a, n, 1) for a, n in self.taps), *((0, n, 1) for n in shape[-2:]))
+
+
+def crop(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
+    """x without so many elements before and after each axis."""
+    pairs = zip(x.shape, widths, strict=True)
+    return Slice(tuple((a, n - a - b, 1) for n, (a, b) in pairs))(x)
+
+
+def meet(
+    size: Sizes, out: Sizes, kernel: Sizes, stride: Sizes, pads: Pairs, dilation: Sizes, groups: int
+) -> Geometry:
+    """The geometry of windows that lie `pads` before an image."""
+    taps, found = [], []
+    for n, o, k, s, (before, _), d in zip(size, out, kernel, stride, pads, dilation, strict=True):
+        used = [t for t in range(k) if reaches(t * d - before, n, o, s)] or [0]
+        first, count = used[0], used[-1] - used[0] + 1
+        start = before - first * d
+        taps.append((first, count))
+        found.append((start, (o - 1) * s + d * (count - 1) + 1 - start - n))
+    return Geometry(size, out, tuple(taps), stride, tuple(found), dilation, groups)
+
+
+def reaches(start: int, size: int, count: int, step: int) -> bool:
+    """Whether one of `count` places from `start` on, `step` apart, lies in [0, size)."""
+    first = max(-(start // step), 0)
+    return first < count and start + first * step < size
 
 
 def as_pairs(name: str, padding: Any, size: Sizes, spans: Sizes, stride: Sizes) -> Pairs:
@@ -219,18 +271,21 @@ class Products(NamedTuple):
         return reshape(self.joined(self.multiply(a, self.by_group(b))), shape)
 
     def weight_gradient(self, x: Tensor, dy: Tensor, g: Geometry, shape: Sizes) -> Tensor:
-        """dw = sum over places of windows(x) * dy"""
-        count = x.ndim - 2
+        """dw = sum over places of windows(x) * dy, for weights of a shape"""
+        whole, shape, count = shape, (*g.kernel, *shape[-2:]), x.ndim - 2
         v = windows(x, g.kernel, g.stride, g.dilation)
         if self.is_depthwise(shape):
             ones = (1,) * count
             dy = reshape(dy, (*dy.shape[:-1], *ones, x.shape[-1], -1))
             places = tuple(range(count + 1))
-            return reshape(summation(reshape(v, (*v.shape, 1)) * dy, places), shape)
+            dw = summation(reshape(v, (*v.shape, 1)) * dy, places)
+            return g.spread(reshape(dw, shape), whole)
         a, dy = transpose(self.rows(v, count)), reshape(dy, (-1, shape[-1]))
         if self.groups == 1:
-            return reshape(self.multiply(a, dy), shape)
-        return reshape(self.joined(self.multiply(a, self.by_group(dy))), shape)
+            dw = self.multiply(a, dy)
+        else:
+            dw = self.joined(self.multiply(a, self.by_group(dy)))
+        return g.spread(reshape(dw, shape), whole)
 
     def turned(self, w: Tensor) -> Tensor:
         """The weights of the way back: taps in reverse, inputs and outputs of a group swapped."""
@@ -358,18 +413,16 @@ class Conv(Convolution):
             fits, f"conv: expected padded sizes of at least the kernel's {spans}; received {padded}"
         )
         out = tuple((n - k) // s + 1 for n, k, s in zip(padded, spans, stride, strict=True))
-        return Geometry(size, out, kernel, stride, pads, dilation, groups)
+        return meet(size, out, kernel, stride, pads, dilation, groups)
 
     def expand(self, x: Tensor, w: Tensor) -> Tensor:
         g = self.geometry(x.shape, w.shape)
-        x = pad(x, [(0, 0), *g.pads, (0, 0)]) if any(map(any, g.pads)) else x
-        return self.products.forward(x, w, g.stride, g.dilation)
+        return self.products.forward(g.framed(x), g.weights(w), g.stride, g.dilation)
 
     def expand_gradient(self, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         g = self.geometry(x.shape, w.shape)
-        dx = self.products.input_gradient(dy, w, g)
-        x = pad(x, [(0, 0), *g.pads, (0, 0)]) if any(map(any, g.pads)) else x
-        return dx, self.products.weight_gradient(x, dy, g, w.shape)
+        dx = self.products.input_gradient(dy, g.weights(w), g)
+        return dx, self.products.weight_gradient(g.framed(x), dy, g, w.shape)
 
     @property
     def products(self) -> Products:
@@ -413,15 +466,16 @@ class ConvTranspose(Convolution):
         expect(
             all(n > 0 for n in size), f"{name}: expected a result with elements; received {size}"
         )
-        return Geometry(size, out, kernel, stride, pads, dilation, groups)
+        return meet(size, out, kernel, stride, pads, dilation, groups)
 
     def expand(self, x: Tensor, w: Tensor) -> Tensor:
-        return self.products.input_gradient(x, w, self.geometry(x.shape, w.shape))
+        g = self.geometry(x.shape, w.shape)
+        return self.products.input_gradient(x, g.weights(w), g)
 
     def expand_gradient(self, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         g = self.geometry(x.shape, w.shape)
-        dy = pad(dy, [(0, 0), *g.pads, (0, 0)]) if any(map(any, g.pads)) else dy
-        dx = self.products.forward(dy, w, g.stride, g.dilation)
+        dy = g.framed(dy)
+        dx = self.products.forward(dy, g.weights(w), g.stride, g.dilation)
         return dx, self.products.weight_gradient(dy, x, g, w.shape)
 
     @property

@@ -32,6 +32,7 @@ from needle import data, debug, nn, optim
 from needle.compiler.runtime import get_num_threads, set_num_threads
 from needle.jit import jit
 from needle.recompute import checkpoint
+from needle.scan import scan
 from needle.transform import grad, hessian, hvp, jvp, value_and_grad, vjp
 # isort: on
 # fmt: on

@@ -476,13 +476,15 @@ class Fuser:
                 stack.extend(node.inputs[:1] if kind is After else node.inputs)
 
     def is_affine(self, x: Node, node: Node) -> bool:
-        """Whether the path of views from x down to a node's input has strides."""
+        """Whether the path of views from x down to a node's input has strides, if that is
+        compact."""
         index, sizes = coordinates(len(x.shape)), x.shape
         while True:
             number, index, _ = MOVEMENT[type(x.op)](
                 x.op, index, [each.shape for each in x.inputs], sizes
             )[0]
-            if not all(isinstance(atom, int) for each in index for atom in each.terms):
+            place = linearize(index, x.inputs[number].shape)
+            if not all(isinstance(atom, int) for atom in place.terms):
                 return False
             if x is node:
                 return True

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 import needle.ops as ops
-from needle.compiler.fuse import Fuser, Group, Indices, Piece, coordinates, reduced_axes
+from needle.compiler.fuse import (
+    Fuser,
+    Group,
+    Indices,
+    Piece,
+    coordinates,
+    lay_of,
+    reduced_axes,
+)  # fmt: skip
 from needle.compiler.graph import Constant, Graph, Item, Node
 from needle.compiler.index import (
     Index,
@@ -37,6 +45,7 @@ from needle.compiler.loops import (
     AnyNest,
     Buffer,
     Contraction,
+    Digits,
     Expr,
     HostCall,
     Move,
@@ -65,6 +74,7 @@ from needle.ops.index import Gather
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
+SHORT = 8  # elements that are no row
 
 
 class Layout:
@@ -291,6 +301,21 @@ class Shaper:
                 indices[axis] = each
         self.replace(parts, indices)
 
+    def is_short(self) -> bool:
+        """Whether the last axis, which vectors lie along, is shorter than the one before it."""
+        return (
+            self.outer is None
+            and len(self.sizes) > 1
+            and self.sizes[-1] < min(SHORT, self.sizes[-2])
+        )
+
+    def turn(self) -> None:
+        """The last two axes in the other order."""
+        *rest, m, n = range(len(self.sizes))
+        table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
+        self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
+        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]
+
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
         found: list[list[int]] = []
@@ -341,6 +366,8 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         elif shaper.outer is not None and len(shaper.sizes) > shaper.outer + 1:
             last = range(shaper.outer, len(shaper.sizes))
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
+        elif shaper.is_short():
+            shaper.turn()
         else:
             break
         del layout.checks[count:]
@@ -400,21 +427,27 @@ def build_contraction(layout: Layout, group: Group, stored: Sequence[Node]) -> C
 
 def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequence[int]) -> Operand:
     """A contraction's input as a strided view, of axes (*batch, outer, inner)."""
-    buffer, start, strides = locate(layout, group, x, index, sizes)
-    return Operand(buffer, start, tuple(strides[:-2]), strides[-2], strides[-1])
+    buffer, start, ways = locate(layout, group, x, index, sizes)
+    batch, (outer, inner) = ways[:-2], ways[-2:]
+    assert all(len(each) == 1 for each in batch), "windows of batch axes"
+    steps = tuple(stride for ((_, stride),) in batch)
+    if len(outer) == len(inner) == 1:
+        return Operand(buffer, start, steps, outer[0][1], inner[0][1])
+    return Operand(buffer, start, steps, 0, 0, (outer, inner))
 
 
 def locate(
     layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequence[int]
-) -> tuple[Buffer, int, list[int]]:
-    """Where a view of memory lies: buffer, offset, strides."""
+) -> tuple[Buffer, int, list[Digits]]:
+    """Where a view of memory lies: buffer, offset, and for each axis digits that have strides."""
     while x in group.inlined:
         found = MOVEMENT[type(x.op)](x.op, index, [each.shape for each in x.inputs], sizes)
         number, index, _ = found[0]
         x = x.inputs[number]
     buffer, place = layout.place(x, index)
-    assert all(isinstance(atom, int) for atom in place.terms), "an operand without strides"
-    return buffer, place.constant, [place.terms.get(axis, 0) for axis in range(len(sizes))]
+    ways = lay_of([place], sizes)
+    assert ways is not None, "an operand without strides"
+    return buffer, place.constant, ways
 
 
 def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:
@@ -449,7 +482,8 @@ def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
     way = -1 if op.reverse else 1
     for n, x in enumerate(node.inputs[op.carries :], op.carries):
         place = coordinates(len(x.shape))
-        buffer, start, found = locate(layout, group, x, place, x.shape)
+        buffer, start, ways = locate(layout, group, x, place, x.shape)
+        found = [stride for ((_, stride),) in ways]
         step = 0
         if n < op.carries + op.xs:
             step, *found = found

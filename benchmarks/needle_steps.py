@@ -139,8 +139,26 @@ def gpt_nano() -> tuple[Step, Batch]:
     return trainer(model, optim.AdamW(model.parameters(), 3e-4)), tokens
 
 
+class Logits(nn.Module):
+    """A model's first result."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[0]
+
+
+def lstm_lm() -> tuple[Step, Batch]:
+    vocabulary, steps, batch = 5000, 40, 16
+    model = Logits(models.LSTMLanguageModel(vocabulary, 100, 256))
+    tokens = labels(vocabulary, steps, batch), labels(vocabulary, steps * batch)
+    return trainer(model, optim.Adam(model.parameters(), 1e-3)), tokens
+
+
 WORKLOADS = {
     "mlp_tiny": mlp_tiny, "mlp_resnet": mlp_resnet, "mlp_wide": mlp_wide, "resnet9": resnet9,
+    "lstm_lm": lstm_lm,
     "gpt_nano": gpt_nano,
 }  # fmt: skip
 

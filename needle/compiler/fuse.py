@@ -25,7 +25,7 @@ from typing import Any, cast
 import needle.ops as ops
 from needle.array.spec import as_axes
 from needle.compiler import OFF
-from needle.compiler.graph import Graph, Item, Node
+from needle.compiler.graph import Graph, Item, Node, Repeat
 from needle.compiler.index import Index, coordinate, delinearize, digits, fixed, linearize
 from needle.compiler.loops import COLUMNS, ROWS, Digits, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
@@ -66,7 +66,7 @@ class Group:
     """
 
     number: int
-    kind: str  # loop, contraction, scatter or host
+    kind: str  # loop, contraction, scatter, repeat or host
     shape: tuple[int, ...]
     index: dict[Node, Indices] = field(default_factory=dict)
     inner: tuple[int, ...] | None = None
@@ -112,6 +112,7 @@ class Fuser:
         self.groups: list[Group] = []
         self.group_of: dict[Node, Group] = {}
         self.pieces: dict[Node, list[Node]] = {}  # of concatenations that are written in parts
+        self.items: dict[Node, list[Node]] = {}  # of loops
         self.users: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
         self.weight: dict[Node, int] = {}
         self.outputs = set(graph.outputs)
@@ -145,7 +146,9 @@ class Fuser:
             self.inline_or_place(node)
         elif kind in INLINED:
             self.weigh(node, 0)
-        elif not node.is_leaf:
+        elif kind is Repeat:
+            self.place_repeat(node)
+        elif not node.is_leaf and node not in self.group_of:
             self.place_host(node)
 
     # Inlined or placed
@@ -410,7 +413,7 @@ class Fuser:
         group = self.begin("contraction", node.shape)
         group.index[node] = coordinates(len(node.shape))
         self.group_of[node] = group
-        self.read(group, *self.below(node))
+        self.read(group, *self.below(node.inputs))
 
     def place_scan(self, node: Node) -> None:
         group = self.begin("loop", node.shape)
@@ -427,7 +430,7 @@ class Fuser:
             if type(x.op) in (ops.Concatenate, ops.Stack):
                 self.place(x)
         self.group_of[node] = group
-        self.read(group, *self.below(node))
+        self.read(group, *self.below(node.inputs))
 
     def place_host(self, node: Node) -> None:
         inputs = []
@@ -443,6 +446,32 @@ class Fuser:
                 self.group_of[user] = group
         self.read(group, set(inputs), set())
 
+    def place_repeat(self, node: Node) -> None:
+        """What a carry begins with is written to its place among the carry's values by whoever
+        makes it; a y that nobody reads is not computed."""
+        known = {user.op.number: user for user in self.users[node]}
+        items = self.items[node] = [
+            known.get(n) or Node(Item(n), (node,), spec, node.place)
+            for n, spec in enumerate(node.spec)
+        ]
+        parts = []
+        for n, x in enumerate(node.inputs[: node.op.carries]):
+            ranges = ((node.op.ends(n)[0], 1), *((0, size) for size in x.shape))
+            parts.append(self.place_piece(Piece(items[n], ranges, 0), x, node))
+        rest = node.inputs[node.op.carries :]
+        for x in rest:
+            self.ground(x, views_only=True)
+        group = self.begin("repeat", ())
+        self.group_of[node] = group
+        self.group_of |= {x: group for n, x in enumerate(items) if n < len(parts) or n in known}
+        self.read(group, *self.below([*parts, *rest]))
+
+    def place_piece(self, op: Piece, x: Node, node: Node) -> Node:
+        part = Node(op, (x,), x.spec, node.place)
+        self.users[part] = []
+        self.place(part)
+        return part
+
     def place_parts(self, node: Node) -> None:
         """Every part of a concatenation is written to its place in the whole by whoever makes
         it."""
@@ -453,10 +482,7 @@ class Fuser:
             ranges = [(0, n) for n in node.shape]
             ranges[axis] = (start, size)
             op = Piece(node, tuple(ranges), axis if stacks else None)
-            part = Node(op, (x,), x.spec, node.place)
-            self.users[part] = []
-            self.place(part)
-            parts.append(part)
+            parts.append(self.place_piece(op, x, node))
             start += size
         self.pieces[node] = parts
 
@@ -485,25 +511,26 @@ class Fuser:
 
     def is_affine(self, x: Node, node: Node, windows: bool) -> bool:
         """Whether the path of views from x down to a node's input has strides, or digits that
-        have."""
+        have, if that is compact."""
         index, sizes = coordinates(len(x.shape)), x.shape
         while True:
             number, index, _ = MOVEMENT[type(x.op)](
                 x.op, index, [each.shape for each in x.inputs], sizes
             )[0]
-            found = lay_of(index, sizes)
+            place = linearize(index, x.inputs[number].shape)
+            found = lay_of([place], sizes)
             if found is None or any(len(each) > 1 for each in found[: -2 if windows else None]):
                 return False
             if x is node:
                 return True
             x = x.inputs[number]
 
-    def below(self, node: Node) -> tuple[set[Node], set[Node], set[Node]]:
-        """(placed nodes and leaves, inlined nodes) that a node reads, and those it waits for."""
+    def below(self, nodes: Sequence[Node]) -> tuple[set[Node], set[Node], set[Node]]:
+        """Of what is read: (placed nodes and leaves, inlined nodes), and nodes to wait for."""
         placed: set[Node] = set()
         inlined: set[Node] = set()
         waits: set[Node] = set()
-        stack = list(node.inputs)
+        stack = list(nodes)
         while stack:
             x = stack.pop()
             if x in self.group_of or x in self.pieces or x.is_leaf:

@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 
 from needle.compiler import OFF
 from needle.compiler.graph import Constant, Input
-from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall, Scatter
+from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall, Repeat, Scatter
 
 ALIGNMENT = 64
 
@@ -36,6 +36,8 @@ def has_checks(nest: AnyNest) -> bool:
         return True
     if isinstance(nest, HostCall):
         return True
+    if isinstance(nest, Repeat):
+        return any(map(has_checks, nest.nests))
     epilogue = nest.epilogue if isinstance(nest, Contraction) else nest
     return any(each.op == "check" for each in epilogue.expressions())
 
@@ -134,6 +136,8 @@ def why_not(nest: AnyNest, output: Buffer, source: Buffer, count: int) -> str:
     """Why a nest cannot write over what it reads, or the empty string."""
     if count > 1:
         return "several nests write it"
+    if isinstance(nest, Repeat):
+        return "a loop writes it"
     if isinstance(nest, (Scatter, HostCall)):
         return "" if source not in nest.reads() else "the nest reads other places of it"
     body = nest.epilogue if isinstance(nest, Contraction) else nest

@@ -1,13 +1,13 @@
 """Layers, containers and losses: functions of tensors that hold parameters.
 
 Read module.py (what a Module is), functional.py (the layers as functions), then one file for each
-family: activation.py, linear.py, normalization.py, container.py, conv.py, pool.py, loss.py;
-summary.py, convert.py, fold.py.
+family: activation.py, linear.py, normalization.py, recurrent.py, container.py, conv.py, pool.py,
+loss.py; summary.py, convert.py, fold.py.
 """
 
 # fmt: off
 # isort: off
-from needle.nn import functional, nn_basic, nn_conv
+from needle.nn import functional, nn_basic, nn_conv, nn_sequence
 from needle.nn.activation import (ELU, GELU, Dropout, Dropout1d, Dropout2d, Dropout3d, Identity,
                                   LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Softplus,
                                   Tanh)
@@ -27,4 +27,5 @@ from needle.nn.pool import (AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPoo
                             AdaptiveMaxPool1d, AdaptiveMaxPool2d, AdaptiveMaxPool3d, AvgPool1d,
                             AvgPool2d, AvgPool3d, MaxPool1d, MaxPool2d, MaxPool3d, PixelShuffle,
                             PixelUnshuffle, Upsample)
+from needle.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from needle.nn.summary import Summary, summary

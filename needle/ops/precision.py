@@ -20,6 +20,7 @@ import needle.ops.movement as mo
 import needle.ops.normalize as no
 import needle.ops.pool as po
 import needle.ops.reduce as re
+import needle.ops.scan as sc
 import needle.ops.tuples as tu
 import needle.ops.update as up
 from needle.autograd import Op
@@ -53,7 +54,7 @@ AS_GIVEN: tuple[type[Op], ...] = (
     # what never runs in low precision for autocast's sake
     CompositeGradient, RandomUniform, up.ClippedByNorm, up.BiasCorrection, up.SGDUpdate,
     up.AdagradUpdate, up.RMSpropUpdate, up.AdamUpdate, up.LionUpdate, up.AdafactorUpdate,
-    up.Unscaled, up.ScaleUpdate, no.RunningStatistics,
+    up.Unscaled, up.ScaleUpdate, no.RunningStatistics, sc.Scan,
 )  # fmt: skip
 CASTS: dict[type[Op], Callable[[Any], Any]] = {
     **dict.fromkeys(LOW, narrowed),

@@ -361,15 +361,15 @@ def show(bar: bars.Progress, progress: Progress, trainer: Trainer) -> None:
 
 def told_by(record: dict[str, Any], config: TrainConfig) -> str:
     """The numbers of an evaluation's line."""
-    text = config.data == "text"
-    names = "loss", "perplexity" if text else "accuracy"
-    shown = [(part, name) for part in ("train", "test") for name in names]
-    shown += [("test", "bits_per_character")] if text else []
-    widths = {"loss": "", "accuracy": "7", "perplexity": "6", "bits_per_character": ""}
+    shown = ["train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+    if config.data == "text":
+        shown = ["train_loss", "test_loss", "test_perplexity", "test_bits_per_character"]
     line = ""
-    for part, name in shown:
-        value = f"{record[f'{part}_{name}']:{widths[name]}{FORMATS[name]}}"
-        line += f"  {'test ' if part == 'test' else ''}{name.replace('_', ' ')} {value}"
+    for key in shown:
+        part, name = key.split("_", 1)
+        width = 7 if name == "accuracy" else ""
+        text = f"{name.replace('_', ' ')} {record[key]:{width}{FORMATS[name]}}"
+        line += f"  {'test ' if part == 'test' else ''}{text}"
     return line
 
 

@@ -14,7 +14,7 @@ from needle import nn, ops
 from needle.autograd import Tensor, no_grad
 from needle.backend.device import Device
 from needle.data import DataLoader, TokenDataset
-from needle.models import ResNet9, make_mlp_resnet
+from needle.models import LSTMLanguageModel, ResNet9, make_mlp_resnet
 from needle.train.config import TrainConfig
 from needle.train.task import TASKS, enlarge
 
@@ -38,8 +38,26 @@ def make_model(config: TrainConfig, device: Device | None = None) -> nn.Module:
     return make_mlp_resnet(features, *numbers, device)
 
 
+class BatchFirst(nn.Module):
+    """LSTMLanguageModel with the axes of the other models: tokens (n, t) -> logits (n, t, vocab).
+
+    Called with a state it gives the next one, too.
+    """
+
+    def __init__(self, model: LSTMLanguageModel) -> None:
+        self.model = model
+
+    def forward(self, tokens: Tensor, state: Any = None) -> Any:
+        logits, after = self.model(tokens.transpose(), state)
+        batch, steps = tokens.shape
+        logits = logits.reshape((steps, batch, logits.shape[-1])).transpose((0, 1))
+        return logits if state is None else (logits, after)
+
+
 def make_language_model(config: TrainConfig, device: Device | None) -> nn.Module:
-    raise NotImplementedError
+    vocabulary, width = config.vocab_size, config.hidden_dim
+    sizes = width, width, config.num_blocks, config.dropout
+    return BatchFirst(LSTMLanguageModel(vocabulary, *sizes, device=device))
 
 
 def state_size(config: TrainConfig) -> int | None:
@@ -47,11 +65,12 @@ def state_size(config: TrainConfig) -> int | None:
     whose size the configuration does not decide."""
     if config.model == "resnet9":
         return None
-    hidden, blocks = config.hidden_dim, config.num_blocks
-    half, task = hidden // 2, TASKS[config.data]
-    block = (hidden + 1) * half + (half + 1) * hidden + 4 * (half + hidden)
-    outer = (math.prod(task.shape) + 1) * hidden + (hidden + 1) * len(task.classes)
-    return outer + blocks * block
+    width, blocks, vocabulary = config.hidden_dim, config.num_blocks, config.vocab_size
+    if config.model == "lstm":
+        return blocks * 8 * width * (width + 1) + (2 * width + 1) * vocabulary
+    half, task = width // 2, TASKS[config.data]
+    block = (width + 1) * half + (half + 1) * width + 4 * (half + width)
+    return (math.prod(task.shape) + 1) * width + blocks * block + (width + 1) * len(task.classes)
 
 
 class Evaluation(NamedTuple):

@@ -51,7 +51,7 @@ TEXT = "the quick brown fox jumps over the lazy dog; " * 20  # 900 characters
 # 810 characters to train with, in windows of 8: 101 of them, 7 steps per epoch of 16 windows.
 SMALL: dict[str, Any] = {
     "hidden_dim": 8, "num_blocks": 1, "block_size": 8, "batch_size": 16, "max_steps": 18,
-    "eval_every": 6, "eval_samples": 5, "checkpoint_every": 4, "warmup_steps": 3,
+    "eval_every": 6, "eval_samples": 5, "checkpoint_every": 4, "warmup_steps": 3, "dropout": 0.1,
 }  # fmt: skip
 TINY = [x for key, value in SMALL.items() for x in (f"--{key.replace('_', '-')}", str(value))]
 
@@ -67,14 +67,21 @@ def config(text: Path, model: str = "lstm", **given: Any) -> TrainConfig:
     return TrainConfig.for_data(model=model, data_dir=str(text), **{**SMALL, **given})
 
 
+@pytest.fixture(scope="module", params=LANGUAGE_MODELS)
+def whole(tmp_path_factory: pytest.TempPathFactory, request: Any) -> tuple[str, Path]:
+    """A model and its run, which nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "text.txt").write_text(TEXT)
+    trainer = Trainer.start(config(folder / "text.txt", request.param), folder, "whole")
+    trainer.fit()
+    return request.param, trainer.path
+
+
 # Runs on text
 
 
-@pytest.mark.parametrize("model", LANGUAGE_MODELS)
-def test_a_run_on_text_leaves_its_files(text: Path, tmp_path: Path, model: str) -> None:
-    trainer = Trainer.start(config(text, model), tmp_path, "a")
-    trainer.fit()
-    path, chosen = open_run(tmp_path / "a")
+def test_a_run_on_text_leaves_its_files(whole: tuple[str, Path]) -> None:
+    path, chosen = open_run(whole[1])
     assert chosen.vocab_size == len(set(TEXT))
     tokenizer = load_vocabulary(path, chosen)
     assert isinstance(tokenizer, CharTokenizer)
@@ -116,23 +123,26 @@ def test_evaluation_of_text_is_what_numpy_says(text: Path) -> None:
     assert found.accuracy == np.mean(logits.argmax(2) == y)
 
 
-@pytest.mark.parametrize("model", LANGUAGE_MODELS)
 @pytest.mark.parametrize("step", [3, 6, 7, 14])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    text: Path, tmp_path: Path, model: str, step: int
+    whole: tuple[str, Path], text: Path, tmp_path: Path, step: int
 ) -> None:
     """In an epoch, at an evaluation, and at the ends of epochs that no evaluation follows."""
-    whole = Trainer.start(config(text, model, dropout=0.1), tmp_path, "whole")
-    whole.fit()
+    trainer = Trainer.start(config(text, whole[0]), tmp_path, "a")
     with pytest.raises(Interrupted):
-        Trainer.start(config(text, model, dropout=0.1), tmp_path, "a").fit(stop_at(step, interrupt))
+        trainer.fit(stop_at(step, interrupt))
     trainer = Trainer.resume("a", tmp_path)
     assert trainer.progress.step == (7 if step == 6 else step)
     trainer.fit()
-    assert results(trainer.path) == results(whole.path)
-    eager = Trainer.start(config(text, model, dropout=0.1, jit=False), tmp_path, "eager")
-    eager.fit()
-    assert results(eager.path) == results(whole.path)
+    assert results(trainer.path) == results(whole[1])
+
+
+def test_a_run_without_jit_has_the_same_bits(
+    whole: tuple[str, Path], text: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer.start(config(text, whole[0], jit=False), tmp_path, "a")
+    trainer.fit()
+    assert results(trainer.path) == results(whole[1])
 
 
 KILLED = """
@@ -143,29 +153,28 @@ from pathlib import Path
 def watch(progress):
     if progress.step == 11:
         os.kill(os.getpid(), signal.SIGKILL)
-Trainer.start(test_tasks.config(Path(sys.argv[1])), sys.argv[2], "a").fit(watch)
+Trainer.start(test_tasks.config(Path(sys.argv[1]), sys.argv[3]), sys.argv[2], "a").fit(watch)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(text: Path, tmp_path: Path) -> None:
-    whole = Trainer.start(config(text), tmp_path, "whole")
-    whole.fit()
+@pytest.mark.parametrize("whole", ["lstm"], indirect=True)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    whole: tuple[str, Path], text: Path, tmp_path: Path
+) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", KILLED, str(text), str(tmp_path)]
+    command = [sys.executable, "-c", KILLED, str(text), str(tmp_path), whole[0]]
     ended = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": paths})
     assert ended.returncode == -signal.SIGKILL
     trainer = Trainer.resume(tmp_path / "a")
     assert trainer.progress.step == 8
     trainer.fit()
-    assert results(trainer.path) == results(whole.path)
+    assert results(trainer.path) == results(whole[1])
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint(text: Path, tmp_path: Path) -> None:
     Trainer.start(config(text), tmp_path, "a")
     assert sorted(os.listdir(tmp_path / "a")) == ["config.json", "tokenizer.json"]
-    trainer = Trainer.resume("a", tmp_path)
-    trainer.fit()
-    assert trainer.progress.finished
+    assert Trainer.resume("a", tmp_path).progress.step == 0
 
 
 def test_nothing_is_left_of_a_run_on_text_that_cannot_begin(

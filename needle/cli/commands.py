@@ -227,7 +227,7 @@ def option(text: str, default: str | bool = True) -> Any:
 
 
 def one_of(name: str) -> str:
-    """What a field of TrainConfig may be."""
+    """The names among which a field of TrainConfig chooses."""
     return str(TrainConfig.__dataclass_fields__[name].metadata["expected"]).capitalize() + "."
 
 
@@ -242,9 +242,9 @@ AS_MODEL = "as the model's"
 
 def train_model(
     model: Annotated[Text, typer.Argument(help=one_of("model"), show_default="mlp_resnet")] = None,
-    data: Annotated[Text, option(one_of("data"), "digits")] = None,
+    data: Annotated[Text, option(one_of("data"), "digits; of language models text")] = None,
     data_dir: Annotated[Text, option("Folder of the data, or file of text.", DATA_DIR)] = None,
-    tokenizer: Annotated[Text, option(one_of("tokenizer"), "char")] = None,
+    tokenizer: Annotated[Text, option("char, byte or a path of a tokenizer.json.", "char")] = None,
     epochs: Annotated[Integer, option("Passes over the data.")] = None,
     max_steps: Annotated[Integer, option("Steps of the run, in place of epochs.")] = None,
     eval_every: Annotated[Integer, option("Steps between evaluations.", "an epoch")] = None,

@@ -9,7 +9,6 @@ Either way the 3072 bytes are red, green and blue planes of 32 x 32. In: a folde
 
 from __future__ import annotations
 
-import pickletools
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +91,8 @@ class CIFAR10Dataset(ImageDataset):
     def search(self, content: bytes) -> Labelled:
         """The bytes and labels of the python version: the longest text, and the small integers
         between the key of the labels and the text that follows them."""
+        import pickletools  # needed by those alone who have the python version
+
         pixels, labels, within = b"", bytearray(), False
         for opcode, arg, _ in pickletools.genops(content):  # reads opcodes, and acts on none
             if isinstance(arg, (str, bytes)) and "STRING" in opcode.name:

@@ -152,7 +152,7 @@ def open_text(config: TrainConfig, train: bool, tokenizer: Tokenizer) -> TextDat
     if train or not config.eval_samples:
         return TextDataset(text, tokenizer, block, None, train)
     found = TextDataset(text, tokenizer, block)
-    found.starts = found.starts[:: max(1, len(found) // config.eval_samples)]
+    found.starts = found.starts[:: -(-len(found) // config.eval_samples)]
     return found
 
 

@@ -31,6 +31,7 @@ from needle.train import (
     TrainConfig,
     Trainer,
     class_probabilities,
+    draw,
     evaluate,
     load_model,
     load_vocabulary,
@@ -41,6 +42,7 @@ from needle.train import (
     open_run,
     read_image,
     read_metrics,
+    write_text,
 )
 from needle.train.model import state_size
 from needle.train.task import enlarge, read_texts
@@ -270,6 +272,66 @@ def test_defaults_follow_from_the_model() -> None:
     assert TrainConfig.for_data(model="resnet9").data == "digits"
 
 
+# Generation
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+    rng = np.random.default_rng(0)
+
+    def shares(temperature: float, top_k: int | None, top_p: float | None) -> np.ndarray:
+        drawn = [draw(logits, temperature, top_k, top_p, rng) for _ in range(4000)]
+        return np.bincount(drawn, minlength=4) / 4000
+
+    for expected, options in (
+        ([0.1, 0.4, 0.2, 0.3], (1.0, None, None)),
+        (np.array([1, 16, 4, 9]) / 30, (0.5, None, None)),
+        ([0, 4 / 7, 0, 3 / 7], (1.0, 2, None)),
+        ([0, 4 / 9, 2 / 9, 3 / 9], (1.0, None, 0.71)),
+        ([0, 4 / 7, 0, 3 / 7], (1.0, None, 0.69)),
+        ([0, 1, 0, 0], (1.0, None, 0.01)),
+        ([0.1, 0.4, 0.2, 0.3], (1.0, 9, 1.0)),
+        ([0, 1, 0, 0], (0.0, None, None)),
+    ):
+        np.testing.assert_allclose(shares(*options), expected, atol=0.03)
+        assert not shares(*options)[np.equal(expected, 0)].any()
+
+
+def test_text_is_written_as_the_whole_prefix_says(whole: tuple[str, Path]) -> None:
+    """The likeliest token after all so far (gpt: after the latest 8), by a plain forward pass."""
+    path, chosen = open_run(whole[1])
+    model, tokenizer = load_model(path, chosen).eval(), load_vocabulary(path, chosen)
+    assert tokenizer is not None
+    expected = "the quick"
+    for _ in range(12):
+        context = expected if whole[0] == "lstm" else expected[-8:]
+        logits = model(ndl.Tensor(tokenizer.encode(context)[None])).numpy()
+        expected += tokenizer.decode([int(logits[0, -1].argmax())])
+    options: dict[str, Any] = {"temperature": 0.0, "block_size": 8}
+    pieces = [*write_text(model, tokenizer, "the quick", 12, **options)]
+    assert len(pieces) == 12
+    assert "the quick" + "".join(pieces) == expected
+
+
+def test_generate(needle: Needle, whole: tuple[str, Path]) -> None:  # noqa: F811
+    run = str(whole[1])
+    first = needle("generate", run, "--prompt", "dog", "--max-tokens", "30", "--seed", "3")
+    assert first[0] == 0
+    assert first[1].startswith("dog")
+    assert len(first[1]) == 3 + 30 + 1
+    again = needle("generate", run, "--prompt", "dog", "--max-tokens", "30", "--seed", "3")
+    other = needle("generate", run, "--prompt", "dog", "--max-tokens", "30", "--seed", "4")
+    assert first == again != other
+    for arguments, message in (
+        (["--prompt", "dög"], "expected characters of its vocabulary of 28; received 'ö' at posi"),
+        (["--prompt", ""], "generate: expected a prompt of at least one token; received none"),
+        (["--temperature", "-1"], "expected a temperature and max_tokens of at least 0; received"),
+        (["--top-k", "0"], "generate: expected top_k of at least 1; received 0"),
+        (["--top-p", "nan"], "generate: expected a top_p above 0 and at most 1; received nan"),
+    ):
+        fails(needle("generate", run, *(["--prompt", "dog"] + arguments)), message)
+
+
 # Optimizer, schedule, sizes
 
 
@@ -388,6 +450,8 @@ def test_resnet9_learns_digits(needle: Needle) -> None:  # noqa: F811
     assert (code, err) == (0, "")
     assert out.startswith("resnet9 with 431,946 parameters on digits, cpu\n")
     assert read_metrics(Path("runs/a/metrics.jsonl"))[-1]["test_accuracy"] > 0.8
+    expected = "generate: expected a run on text; received resnet9 on digits; see needle predict"
+    fails(needle("generate", "a"), expected)
     edited = {**json.loads(Path("runs/a/config.json").read_text()), "data": "cifar100"}
     Path("runs/a/config.json").write_text(json.dumps(edited))
     fails(needle("eval", "a"), "model.safetensors: expected the model in config.json", "shape")

@@ -12,6 +12,7 @@ import shlex
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,10 +170,11 @@ def evaluate_run(
     found = train.evaluate(model, samples, task and len(task.classes))
     say(console, f"{path}: {config.model} on {config.data}")
     counted = f" of {found.samples:,} {unit_of(config)}"
-    for name, value in train.measures(samples, found.loss, found.accuracy).items():
-        said = f"test {name.replace('_', ' ')}"
+    told = train.measures(samples, found.loss, found.accuracy)
+    width = max(map(len, told))
+    for name, value in told.items():
         text = f"{value:{FORMATS[name]}}{counted if name == 'accuracy' else ''}"
-        say(console, f"{said:<13}  {text}")
+        say(console, f"test {name.replace('_', ' '):{width}}  {text}")
     if task is not None and found.confusion is not None:
         console.print(confusion_table(task.classes, found.confusion.tolist()))
 
@@ -207,12 +209,13 @@ def generate_text(
     path, config = open_run(run, run_dir)
     tokenizer = train.load_vocabulary(path, config)
     received = f"received {config.model} on {config.data}; see needle predict"
-    expect(tokenizer, f"generate: expected a run on text; {received}")
+    if tokenizer is None:
+        raise ValueError(f"generate: expected a run on text; {received}")
     model = train.load_model(path, config)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    needle.seed(seed)
-    sys.stdout.write(prompt)
-    for text in train.write_text(model, tokenizer, prompt, max_tokens, **options):
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"block_size": config.block_size, "seed": seed}
+    pieces = train.write_text(model, tokenizer, prompt, max_tokens, **options)
+    for text in chain([prompt], pieces):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

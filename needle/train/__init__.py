@@ -3,8 +3,8 @@
     from needle.train import TrainConfig, Trainer
     Trainer.start(TrainConfig.for_data("digits"), name="first").fit()
 
-Read config.py, task.py, model.py, metrics.py, image.py, folder.py, trainer.py; underneath lies
-needle/files.py.
+Read config.py, task.py, model.py, metrics.py, image.py, folder.py, generate.py, trainer.py;
+underneath lies needle/files.py.
 """
 
 # fmt: off
@@ -12,6 +12,7 @@ needle/files.py.
 from needle.train.config import LANGUAGE_MODELS, TrainConfig
 from needle.train.folder import (create_run, load_checkpoint, load_model, load_vocabulary, open_run,
                                  save_checkpoint, save_model)
+from needle.train.generate import draw, write_text
 from needle.train.image import read_image
 from needle.train.metrics import MetricsFile, Progress, draw_curves, read_metrics
 from needle.train.model import Evaluation, class_probabilities, evaluate, make_model

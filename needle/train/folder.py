@@ -9,7 +9,7 @@ and lists of Tensors, arrays, numbers and texts, as safetensors. Floats in the t
     {"model": {"weight": Tensor}, "step": 7}  ->  a tensor "model.weight", and as metadata the tree
     {"items": [["model", {"items": [["weight", {"tensor": "model.weight"}]]}], ["step", 7]]}
 
-Next: trainer.py.
+Next: generate.py.
 """
 
 from __future__ import annotations

@@ -1620,11 +1620,107 @@ RANDOM = [
     )
 ]
 
+
+def convolved(x: Array, w: Array, stride: int, pad: int, dilation: int, groups: int) -> Array:
+    """A convolution of channels last, term by term."""
+    kernel, (c, out) = w.shape[:-2], w.shape[-2:]
+    x = np.pad(x, [(0, 0), *[(pad, pad)] * len(kernel), (0, 0)])
+    sizes = [
+        (n - dilation * (k - 1) - 1) // stride + 1
+        for n, k in zip(x.shape[1:-1], kernel, strict=True)
+    ]
+    y = np.zeros((x.shape[0], *sizes, out))
+    for place in np.ndindex(*sizes):
+        for tap in np.ndindex(*kernel):
+            at = tuple(p * stride + t * dilation for p, t in zip(place, tap, strict=True))
+            for g in range(groups):
+                ins, outs = (slice(g * n, (g + 1) * n) for n in (c, out // groups))
+                y[(slice(None), *place, outs)] += x[(slice(None), *at, ins)] @ w[(*tap,)][:, outs]
+    return y
+
+
+def spread(x: Array, w: Array, size: Sequence[int], *settings: int) -> Array:
+    """The transposed convolution, by definition: y[i] = the sum over j of x[j] d conv(e_i)[j]."""
+    n, c = x.shape[0], w.shape[-2] * settings[-1]
+    units = np.eye(math.prod(size) * c).reshape(-1, *size, c)
+    columns = convolved(units, w, *settings).reshape(len(units), -1)
+    return (x.reshape(n, -1) @ columns.T).reshape(n, *size, c)
+
+
+def in_torch(name: str, **settings: Any) -> Function:
+    """PyTorch's convolution, channels last."""
+
+    def run(t: Any, x: Any, w: Any) -> Any:
+        function = getattr(t.nn.functional, f"{name}{x.ndim - 2}d")
+        w = w.permute(-1, -2, *range(x.ndim - 2))
+        return function(x.movedim(-1, 1), w, **settings).movedim(1, -1)
+
+    return run
+
+
+def conv_row(case: str, x: tuple[int, ...], w: tuple[int, ...], *settings: int) -> Row:
+    names = ("stride", "padding", "dilation", "groups")
+    given = dict(zip(names, settings, strict=True))
+    return Row(
+        "conv",
+        lambda x, w: ops.conv(x, w, *settings),
+        lambda x, w: convolved(x, w, *settings),
+        (Input(x), Input(w)),
+        in_torch("conv", **given),
+        case=case,
+        length=math.prod(w[:-1]),
+    )
+
+
+def conv_transpose_row(
+    case: str, x: tuple[int, ...], w: tuple[int, ...], size: Sequence[int], *settings: int
+) -> Row:
+    stride, padding, extra, dilation, groups = settings
+    return Row(
+        "conv_transpose",
+        lambda x, w: ops.conv_transpose(x, w, *settings),
+        lambda x, w: spread(x, w, size, stride, padding, dilation, groups),
+        (Input(x), Input(w)),
+        in_torch(
+            "conv_transpose",
+            stride=stride,
+            padding=padding,
+            output_padding=extra,
+            dilation=dilation,
+            groups=groups,
+        ),
+        case=case,
+        length=math.prod(w[:-2]) * w[-1],
+    )
+
+
+CONVOLUTIONS = [
+    Row(
+        "windows",
+        lambda x: ops.windows(x, (2, 3), (2, 1), (1, 2)),
+        lambda x: np.stack(
+            [np.stack([x[:, i : i + 3 : 2, j : j + 2] for j in (0, 2, 4)], 3) for i in (0, 1)], 3
+        ),
+        (Input((2, 4, 6, 3)),),
+        lambda t, x: x.unfold(1, 2, 2).unfold(2, 5, 1)[..., ::2].movedim(3, -1),
+    ),
+    conv_row("2d", (2, 5, 4, 3), (3, 2, 3, 4), 1, 1, 1, 1),
+    conv_row("1d, stride", (2, 7, 3), (3, 3, 2), 2, 1, 1, 1),
+    conv_row("3d", (1, 3, 4, 3, 2), (2, 2, 2, 2, 3), 1, 0, 1, 1),
+    conv_row("2d, stride, dilation", (1, 7, 6, 2), (2, 2, 2, 3), 3, 2, 2, 1),
+    conv_row("2d, groups", (1, 4, 5, 4), (3, 3, 2, 6), 2, 1, 1, 2),
+    conv_row("2d, taps in the padding", (2, 1, 2, 2), (3, 3, 2, 3), 2, 1, 1, 1),
+    conv_row("2d, depthwise", (1, 5, 4, 3), (3, 3, 1, 6), 1, 1, 1, 3),
+    conv_transpose_row("2d", (2, 3, 2, 3), (3, 2, 2, 3), (6, 3), 2, 1, 1, 1, 1),
+    conv_transpose_row("1d, groups", (1, 4, 4), (3, 1, 4), (10,), 3, 1, 0, 1, 2),
+]
+
 ROWS = [
     *ELEMENTWISE,
     *MOVEMENT,
     *REDUCTIONS,
     *CONTRACTIONS,
+    *CONVOLUTIONS,
     *INDEX,
     *LOSSES,
     *NORMALIZATIONS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 from collections.abc import Callable, Sequence
@@ -147,9 +148,13 @@ def run(
     kernel = load(f"{bits} {found.key}", lambda name: contract.emit(c, bits, name))
     slots = []
     for buffer in found.buffers:
-        core: Any = buffer
-        is_core = isinstance(core, contract.Core)
-        slots.append(load(core.key, core.emit) if is_core else memory[buffer].ctypes.data)
+        each: Any = buffer
+        if isinstance(each, contract.Core):
+            slots.append(load(each.key, each.emit))
+        elif isinstance(each, contract.Table):
+            slots.append(each.bytes.ctypes.data)
+        else:
+            slots.append(memory[buffer].ctypes.data)
     args = np.array([*slots, *found.values], np.int64)
     beyond, place = scratch(64 + found.scratch)
     for begin, end in ranges(found.units):
@@ -285,6 +290,79 @@ def test_any_strides(
     count = len(batch) + 2
     steps = [data.draw(st.lists(STEPS, min_size=count, max_size=count)) for _ in range(2)]
     check(*matmul(dtype_of(name), sizes, tuple(batch), strides=steps))
+
+
+# Windows
+
+Lay = tuple[loops.Digits, loops.Digits]
+
+
+def windows(dtype: np.dtype[Any], a: Lay | None, b: Lay | None, sizes: Sequence[int]) -> Any:
+    """out = a @ b of operands that lie by digits, in memory that just holds them."""
+    m, n, k = sizes
+    c, memory = matmul(dtype, (m, n, k))
+    found = []
+    for number, lay in enumerate((a, b)):
+        if lay is None:
+            found.append((c.a, c.b)[number])
+            continue
+        places = np.add.outer(*map(loops.offsets, lay))
+        data = draw(int(places.max() - places.min()) + 1, dtype)
+        found.append(operand(memory, data, -int(places.min()), (), 0, 0, lay))
+    return Contraction((), m, n, k, *found, c.epilogue), memory
+
+
+IMAGE: Lay = (((2, 600), (6, 60), (8, 5)), ((3, 60), (3, 5), (5, 1)))  # 3 x 3 windows, 5 channels
+DEPTH: Lay = (((3, 1000), (13, 40)), ((3, 1000), (4, 40), (24, 1)))  # runs of 24 terms
+TURNED: Lay = ((((3, 1000), (4, 40), (24, 1))), ((3, 1000), (13, 40)))
+FLIPPED: Lay = (((24, 1),), ((3, -240), (3, -72), (7, 24)))
+POINTS: Lay = (((5, 40), (4, 3)), ((3, 20), (2, 2)))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "int8"])
+def test_windows(name: str) -> None:
+    for first, second in product([IMAGE, DEPTH, TURNED, FLIPPED, POINTS, None], repeat=2):
+        sizes = [math.prod(n for n, _ in (first or IMAGE)[0]), 40, 63]
+        if first:
+            sizes[2] = math.prod(n for n, _ in first[1])
+        if second and math.prod(n for n, _ in second[1]) == sizes[2]:
+            sizes[1] = math.prod(n for n, _ in second[0])
+            check(*windows(dtype_of(name), first, second, sizes))
+        elif first and second is None:
+            check(*windows(dtype_of(name), first, None, sizes))
+            check(*windows(dtype_of(name), None, first, (9, sizes[0], sizes[2])))
+            check(*windows(dtype_of(name), None, first, (3, sizes[0], sizes[2])))
+
+
+DIGIT = st.tuples(st.integers(1, 9), st.sampled_from([-31, -1, 1, 1, 1, 2, 7, 90]))
+DIGITS = st.lists(DIGIT, min_size=1, max_size=3).map(tuple)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(DIGITS, DIGITS, DIGITS, st.booleans())
+def test_any_windows(m: Any, n: Any, k: Any, swapped: bool) -> None:
+    sizes = [math.prod(size for size, _ in each) for each in (m, n, k)]
+    first: Lay | None = (m, k)
+    second: Lay | None = (n, k)
+    if swapped:
+        first, second, sizes = None, first, [sizes[1], sizes[0], sizes[2]]
+    check(*windows(np.dtype(float32), first, second, sizes))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
+@pytest.mark.parametrize("lay", [IMAGE, DEPTH, TURNED, FLIPPED, POINTS])
+def test_nothing_beyond_windows_is_read(lay: Lay) -> None:
+    m, k = (math.prod(size for size, _ in each) for each in lay)
+    for at_end, sides in product((False, True), ((lay, None), (None, lay))):
+        sizes = (m, 20, k) if sides[0] else (20, m, k)
+        c, memory = windows(np.dtype(float32), *sides, sizes)
+        walled = {buffer: between_walls(data, at_end) for buffer, data in memory.items()}
+        expected = {buffer: data.copy() for buffer, data in memory.items()}
+        interpret.run(c, expected)
+        for bits in BITS:
+            run(c, walled, bits)
+        out = c.epilogue.stores[0].access.buffer
+        assert (as_bits(walled[out]) == as_bits(expected[out])).all()
 
 
 @pytest.mark.parametrize("sizes", [(100, 100, 60), (300, 70, 300), (512, 1, 600)])

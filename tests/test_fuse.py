@@ -152,3 +152,58 @@ def test_many_parts_are_written_where_they_belong() -> None:
     found = forward(joined, (4, 3))
     assert count(found) == 1
     assert {store.access.buffer.size for nest in nests(found) for store in nest.stores} == {60}
+
+
+# Images
+
+
+def first(x: Tensor) -> Tensor:
+    return ops.permute(x, (0, 3, 1, 2))
+
+
+def last(x: Tensor) -> Tensor:
+    return ops.permute(x, (0, 2, 3, 1))
+
+
+def block(x: Tensor, w: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    """Two layers and a residual, with channels first outside of the convolutions."""
+    y = ops.relu(first(ops.conv(last(x), w) + bias) * 0.5)
+    return ops.relu(first(ops.conv(last(y), other)) + y)
+
+
+IMAGE = ((2, 3, 6, 5), (3, 3, 3, 8), (8,), (3, 3, 8, 8))
+
+
+def test_convolutions_pack_windows_of_the_padded_image() -> None:
+    for found in (forward(block, *IMAGE), backward(block, *IMAGE)):
+        contractions = [nest for nest in nests(found) if isinstance(nest, Contraction)]
+        assert all(nest.a.digits for nest in contractions)
+        largest = max(buffer.size for buffer in found.plan.offsets)
+        assert largest <= 2 * 8 * 7 * 8, "windows were copied"
+
+
+def test_images_are_computed_channels_last() -> None:
+    """Only the image itself is read with strides, and the result written so."""
+    found = forward(block, *IMAGE)
+    written = [nest for nest in nests(found) if isinstance(nest, Nest)]
+    assert len(written) == 2, "more than the padding of both layers"
+    for nest in nests(found)[1:-1]:
+        body = nest.epilogue if isinstance(nest, Contraction) else nest
+        loads = [each.attr for each in body.expressions() if each.op == "load"]
+        for access in [*loads, *(store.access for store in body.stores)]:
+            assert access.stride(body.inner_axis) in (0, 1), show(nest)
+
+
+def test_padding_of_a_row_is_one_loop() -> None:
+    (nest,) = nests(forward(lambda x: ops.pad(x, [(0, 0), (1, 2), (2, 1), (0, 0)]), (2, 3, 4, 5)))
+    assert (nest.outer, nest.inner) == ((2, 6), 7 * 5)
+
+
+def test_short_rows_are_turned() -> None:
+    (nest,) = nests(forward(last, (2, 3, 6, 40)))
+    assert nest.inner == 6 * 40
+
+
+def test_taps_that_meet_padding_alone_are_left_out() -> None:
+    (pad, nest) = nests(forward(ops.conv, (4, 2, 1, 8), (3, 3, 8, 16)))
+    assert nest.k == 3 * 8, show(pad)

@@ -130,7 +130,8 @@ class Recipe:
     in_place: dict[int, int]  # output -> input
     arena: int  # bytes
     checks: list[tuple[str, int]]
-    cores: list[tuple[str, int, bool]]  # what contractions call: dtype, vector bits, dot
+    cores: list[tuple[str, int, bool, bool]]  # what contractions call: the fields of Core
+    tables: list[tuple[Any, int]]  # of windows: the fields of Table
 
     def dumps(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -165,7 +166,8 @@ class Recipes:
         self.numbers = {id(op): n for n, op in enumerate(constants_of(lowered.graph))}
         self.hosts: list[HostCall] = []
         self.places: dict[Buffer, tuple[str, int, int]] = {}
-        self.cores: list[tuple[str, int, bool]] = []
+        self.cores: list[tuple[str, int, bool, bool]] = []
+        self.tables: list[tuple[Any, int]] = []
         count = len(lowered.graph.inputs)
         for place, buffer in enumerate(lowered.outputs):
             self.places.setdefault(buffer, ("external", count + place, 0))
@@ -186,7 +188,7 @@ class Recipes:
         count = len(lowered.graph.inputs)
         return Recipe(
             launches, count, outputs, in_place, lowered.plan.size, lowered.layout.checks,
-            self.cores,
+            self.cores, self.tables,
         )  # fmt: skip
 
     def launch(self, nest: AnyNest, kernel: int) -> Launch:
@@ -206,13 +208,13 @@ class Recipes:
             checks,
         )  # fmt: skip
 
-    def slot(self, buffer: Buffer | contract.Core) -> tuple[str, int, int]:
-        """Where a buffer's address, or that of a contraction's core, comes from."""
+    def slot(self, buffer: Buffer | contract.Core | contract.Table) -> tuple[str, int, int]:
+        """Where a buffer's address, or that of a contraction's core or table, comes from."""
         if isinstance(buffer, contract.Core):
-            core = (str(buffer.dtype), buffer.bits, buffer.dot)
-            if core not in self.cores:
-                self.cores.append(core)
-            return ("core", self.cores.index(core), 0)
+            core = (str(buffer.dtype), buffer.bits, buffer.dot, buffer.windows)
+            return ("core", number_in(self.cores, core), 0)
+        if isinstance(buffer, contract.Table):
+            return ("table", number_in(self.tables, (buffer.digits, buffer.width)), 0)
         found = self.places.get(buffer)
         if found is None:
             source = buffer.source
@@ -224,6 +226,13 @@ class Recipes:
                 found = ("external", self.arena, self.lowered.plan.offsets[buffer])
             self.places[buffer] = found
         return found
+
+
+def number_in(listed: list[Any], item: Any) -> int:
+    """Where an item is listed, from now on."""
+    if item not in listed:
+        listed.append(item)
+    return listed.index(item)
 
 
 def constants_of(source: Graph) -> list[Constant]:
@@ -260,12 +269,16 @@ class Program:
         self.forms = [compact_form(device, spec.shape, spec.dtype) for spec in self.specs]
         self.memory = compact_form(device, (self.arena,), UINT8) if self.arena else None
         self.hosts = [Host(each) for each in hosts]
-        cores = [contract.Core(as_dtype(dtype), bits, dot) for dtype, bits, dot in recipe.cores]
+        cores = [
+            contract.Core(as_dtype(dtype), bits, dot, windows)
+            for dtype, bits, dot, windows in recipe.cores
+        ]
         kernels = {each.key: texts.get(each.key, missing) for each in recipe.launches}
         kernels |= {core.key: core.emit for core in cores}
         kernels.pop("host", None)
         self.addresses = dict(zip(kernels, engine.kernels(list(kernels.items())), strict=True))
         self.cores = [self.addresses[core.key] for core in cores]
+        self.tables = [contract.Table(*each).bytes for each in recipe.tables]
         count = recipe.inputs + len(recipe.outputs) + (recipe.arena > 0)
         self.native = runtime.Program([self.launch(each) for each in recipe.launches], count)
 
@@ -287,6 +300,8 @@ class Program:
             return self.constants[number].ctypes.data
         if kind == "core":
             return self.cores[number]
+        if kind == "table":
+            return self.tables[number].ctypes.data
         return runtime.External(number, offset)
 
     def __call__(self, arrays: Sequence[NDArray], reuse: Sequence[bool] = ()) -> list[NDArray]:

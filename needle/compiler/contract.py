@@ -25,14 +25,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil, prod
 from typing import Any, cast
 
 import numpy as np
 
 from needle.compiler.emit import Slots, Structure, emit_tile
-from needle.compiler.loops import Contraction, Operand
+from needle.compiler.loops import Contraction, Digits, Operand, offsets
 from needle.compiler.target import cache_size, host, vector_bits
 from needle.compiler.vectors import Writer, constant, typed, uint32
 from needle.dtype import LOW_PRECISION, DType, bfloat16, bool_, float32, int64, uint8
@@ -120,15 +121,18 @@ class Core:
     """The function that computes a block, of a dtype and vector width; engine.py loads it.
 
     dot: by the processor's bfloat16 dot product: packed operands become pairs of terms, rounded.
+    windows: operands may be windows, packed from where tables say that rows and terms lie.
     """
 
     dtype: DType
     bits: int
     dot: bool = False
+    windows: bool = False
 
     @property
     def key(self) -> str:
-        return f"contract {self.dtype} {self.bits}{' dot' * self.dot}"
+        kind = " dot" * self.dot + " windows" * self.windows
+        return f"contract {self.dtype} {self.bits}{kind}"
 
     @property
     def memory(self) -> DType:
@@ -188,7 +192,7 @@ class Core:
     @property
     def is_wide(self) -> bool:
         """Whether there are thin blocks: of elements that fill vectors soon."""
-        return self.size >= 4 and not self.dot
+        return self.size >= 4 and not self.dot and not self.windows
 
     @property
     def masks(self) -> bool:
@@ -212,6 +216,10 @@ class Core:
         spreads = [emit_spread(self, name) for name in self.packing]
         packers = [emit_copy(self), *spreads, *turns, emit_gather(self), emit_pack(self)]
         more = [emit_pair(self)] if self.dot else []
+        if self.windows:
+            more += [emit_turn(self, side) for side in (1, *self.sides)] + [emit_terms(self)]
+            for each in self.packing:
+                more += [emit_lay(self, each), emit_rows(self, each), emit_windows(self, each)]
         if self.is_wide:
             more += [emit(self, rows) for emit in (emit_dots, emit_sweep) for rows in FEW]
         return "\n\n".join([*micros, *packers, *more, Block(self, name).f.text])
@@ -585,19 +593,187 @@ def emit_pack(core: Core) -> str:
     return f.text
 
 
+# Packing windows: term i of row j lies at from + rows[j] + terms[i], tables of bytes. A run: so
+# many of them, from a multiple of it on, are neighbours.
+
+STRIDED, SINGLE, TERMS, ROWS = range(4)  # ways to pack: by strides, one by one, or in runs of
+NEAR = {TERMS: 4, ROWS: 8}  # runs that are worth it
+WINDOWS = (
+    "(ptr %to, ptr %from, ptr %rows, ptr %terms, i64 %way, i64 %run, i64 %row, i64 %term, "
+    "i64 %count, i64 %length)"
+)
+RUNS = (
+    "(ptr %to, i64 %pitch, ptr %from, ptr %rows, ptr %terms, i64 %run, i64 %place, i64 %count, "
+    "i64 %width)"
+)
+TURN = "(ptr %to, i64 %pitch, ptr %from, ptr %rows, i64 %count, i64 %width)"
+LAY = "(ptr %to, ptr %from, ptr %terms, i64 %count, i64 %width, i64 %room)"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where the rows or the terms of windows lie; a buffer of the program."""
+
+    digits: Digits
+    width: int  # bytes of an element
+
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """Offsets; some more can be read past the end."""
+        return np.append(offsets(self.digits) * self.width, np.zeros(GROUP * 32, np.int64))
+
+
+def emit_windows(core: Core, name: str) -> str:
+    """All strips or panels of a group."""
+    f = Function(f"{name}.windows", WINDOWS)
+    columns, pitch, panel = core.packing[name]
+    with f.span("%length", columns) as j:
+        width = f.least_of(f.whole("sub", "%length", j), columns)
+        to, rows = f.byte("%to", f.whole("udiv", j, columns), panel), f.byte("%rows", j, 8)
+        row = f.whole("add", "%row", j)
+        for work, place, way in ((name, row, ROWS), ("terms", "%term", TERMS)):
+            given = (to, pitch * core.size, "%from", rows, "%terms", "%run", place)
+            with f.under(f.test("eq", "%way", way)):
+                f.run(f"@{work}.runs", RUNS, *given, "%count", width)
+        with f.under(f.test("eq", "%way", SINGLE)), f.span("%count") as i:
+            source = f.byte("%from", f.let(f"load i64, ptr {f.byte('%terms', i, 8)}, align 8"))
+            place = f.byte(to, i, pitch * core.size)
+            f.run("@turn1", TURN, place, pitch * core.size, source, rows, 1, width)
+    return f.text
+
+
+def emit_terms(core: Core) -> str:
+    """Runs of terms that are neighbours: squares, turned."""
+    f = Function("terms.runs", RUNS)
+
+    def turn(values: list[str]) -> list[str]:
+        (k,) = values
+        rest = f.whole("urem", f.whole("add", "%place", k), "%run")
+        count = f.least_of(f.whole("sub", "%run", rest), f.whole("sub", "%count", k))
+        source = f.byte("%from", f.let(f"load i64, ptr {f.byte('%terms', k, 8)}, align 8"))
+        work = "@turn1"
+        for side in core.sides:
+            work = f.choose(f.test("sge", count, side), f"@turn{side}", work, "ptr")
+        given = (f.byte("%to", k, "%pitch"), "%pitch", source, "%rows", count, "%width")
+        f.run(work, TURN, *given)
+        return [f.whole("add", k, count)]
+
+    f.repeat([("i64", "0")], lambda values: f.test("slt", values[0], "%count"), turn)
+    return f.text
+
+
+def emit_turn(core: Core, side: int) -> str:
+    """As `transpose`, of rows that a table places."""
+    f = Function(f"turn{side}", TURN)
+    last, lowest = f.whole("sub", "%width", 1), f.whole("sub", "%count", side)
+    with f.span("%width", side) as j:
+        rows = [f.least_of(f.whole("add", j, each), last) for each in range(side)]
+        places = [f.let(f"load i64, ptr {f.byte('%rows', each, 8)}, align 8") for each in rows]
+        sources = [f.byte("%from", each) for each in places]
+        target = f.byte("%to", j, core.size)
+        with f.span("%count", side) as i:
+            row = f.least_of(i, lowest)
+            place = f.byte(target, row, "%pitch")
+            found = [core.fetch(f, f.byte(each, row, core.width), side) for each in sources]
+            for x in Square(f, core.value, side).turned(found) if side > 1 else found:
+                f.store(x, place, core.value, side)
+                place = f.byte(place, "%pitch")
+    return f.text
+
+
+def emit_rows(core: Core, name: str) -> str:
+    """Runs of rows that are neighbours, side by side in a strip or panel; zeros beyond the last."""
+    f = Function(f"{name}.runs", RUNS)
+
+    def turn(values: list[str]) -> list[str]:
+        (j,) = values
+        rest = f.whole("urem", f.whole("add", "%place", j), "%run")
+        left = f.whole("sub", "%width", j)
+        width = f.least_of(f.whole("sub", "%run", rest), left)
+        room = f.whole("sub", core.packing[name][0], j)
+        room = f.choose(f.test("eq", width, left), room, width)
+        source = f.byte("%from", f.let(f"load i64, ptr {f.byte('%rows', j, 8)}, align 8"))
+        given = (f.byte("%to", j, core.size), source, "%terms", "%count", width, room)
+        f.run(f"@{name}.lay", LAY, *given)
+        return [f.whole("add", j, width)]
+
+    f.repeat([("i64", "0")], lambda values: f.test("slt", values[0], "%width"), turn)
+    return f.text
+
+
+def emit_lay(core: Core, name: str) -> str:
+    """`width` neighbours of each term, and zeros up to `room`."""
+    f, lanes = Function(f"{name}.lay", LAY), core.lanes
+    columns, pitch, _ = core.packing[name]
+    starts = range(0, columns, lanes)
+    masks = [
+        [
+            core.mask(f, f.least_of(f.whole("sub", size, start), lanes))
+            for size in ("%width", "%room")
+        ]
+        for start in starts
+    ]
+    whole = f.test("eq", "%room", columns)  # whose vectors nothing lies behind
+    for here, masked in ((whole, False), (f.choose(whole, "false", "true", "i1"), True)):
+        with f.under(here), f.span("%count") as i:
+            source = f.byte("%from", f.let(f"load i64, ptr {f.byte('%terms', i, 8)}, align 8"))
+            target = f.byte("%to", i, pitch * core.size)
+            for start, (width, room) in zip(starts, masks, strict=True):
+                x = core.fetch(f, f.byte(source, start, core.width), lanes, width)
+                mask = room if masked else None
+                f.store(x, f.byte(target, start, core.size), core.value, lanes, mask)
+    return f.text
+
+
 # A block
 
 STEPS = ("a_outer", "a_inner", "b_outer", "b_inner")  # strides, in elements
 FLAGS = ("pack_b", "turn", "thin")
-FIELDS = ("k", *STEPS, *FLAGS)  # the arguments that the core reads, in this order
+WAYS = ("a_way", "a_run", "b_way", "b_run")  # of windows
+FIELDS = ("k", *STEPS, *FLAGS, *WAYS)  # the arguments that the core reads, in this order
+TABLES = ("a_rows", "a_terms", "b_rows", "b_terms")  # of windows, else null
 BLOCKED = (
     "(ptr %fields, ptr %a, ptr %b, i64 %m, i64 %rows, i64 %n, i64 %columns, ptr %scratch, "
-    "ptr %epilogue, ptr %args, i64 %batch)"
+    f"ptr %epilogue, ptr %args, i64 %batch, {', '.join(f'ptr %{each}' for each in TABLES)})"
 )
 EPILOGUE = (
     "(ptr %args, ptr %tile, i64 %ld, i64 %batch, i64 %m0, i64 %rows, i64 %n0, i64 %columns, "
     "ptr %scratch)"
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """An operand from some row and term on."""
+
+    f: Function
+    start: str
+    outer: str  # steps in bytes, 0 of windows
+    inner: str
+    way: str
+    run: str
+    rows: str  # tables
+    terms: str
+    row: object = 0
+    term: object = 0
+
+    def moved(self, rows: object, terms: object) -> Source:
+        f = self.f
+        return replace(
+            self,
+            start=f.byte(f.byte(self.start, terms, self.inner), rows, self.outer),
+            rows=f.byte(self.rows, rows, 8),
+            terms=f.byte(self.terms, terms, 8),
+            row=f.whole("add", self.row, rows),
+            term=f.whole("add", self.term, terms),
+        )
+
+    def first(self, windows: str) -> str:
+        """Where the first element of windows lies."""
+        f = self.f
+        tables = [f.choose(windows, x, "%fields", "ptr") for x in (self.rows, self.terms)]
+        row, term = (f.argument(each, 0) for each in tables)
+        return f.byte(f.byte(self.start, row), term)
 
 
 class Block:
@@ -607,15 +783,22 @@ class Block:
         self.core, self.size = core, core.size
         self.f = f = Function(name, BLOCKED, "")
         given = {field: f.argument("%fields", place) for place, field in enumerate(FIELDS)}
-        steps = [f.whole("mul", given[field], core.width) for field in STEPS]
-        self.a_outer, self.a_inner, self.b_outer, self.b_inner = steps
+        self.a, self.b = (
+            Source(
+                f,
+                f"%{x}",
+                *(f.whole("mul", given[f"{x}_{each}"], core.width) for each in ("outer", "inner")),
+                *(given[f"{x}_{each}"] for each in ("way", "run")),
+                *(f"%{x}_{each}" for each in ("rows", "terms")),
+            )
+            for x in "ab"
+        )
         self.pack_b, self.turn, self.thin = (f.test("ne", given[field], 0) for field in FLAGS)
         self.strips = f.byte("%scratch", 64)
         self.panels = f.byte(self.strips, GROUP * core.strip)
         self.sums = f.byte(self.panels, BLOCK // (core.columns * self.size) * core.panel)
         self.turned = f.byte(self.sums, max(FEW) * THIN_PITCH)
-        self.a = f.byte("%a", "%m", self.a_outer)
-        self.b = f.byte("%b", "%n", self.b_outer)
+        self.a, self.b = self.a.moved("%m", 0), self.b.moved("%n", 0)
         self.segments(given["k"])
 
     def segments(self, depth: str) -> None:
@@ -629,56 +812,64 @@ class Block:
             self.terms, self.more = self.count, f.test("sgt", k, 0)
             if core.dot:
                 self.terms = f.whole("lshr", f.whole("add", self.count, 1), 1)
-            b = f.byte(self.b, k, self.b_inner)
+            segment, b = self.a.moved(0, k), self.b.moved(0, k)
             if core.is_wide:
                 with f.under(self.thin):
-                    self.sweep(f.byte(self.a, k, self.a_inner), b)
+                    self.sweep(segment, b)
             tall = f.choose(self.thin, 0, "%rows")
             with f.span(tall, GROUP * core.rows) as g:
                 height = f.least_of(f.whole("sub", "%rows", g), GROUP * core.rows)
-                a = f.byte(f.byte(self.a, k, self.a_inner), g, self.a_outer)
-                self.pack("strips", self.strips, a, self.a_outer, self.a_inner, height)
+                a = segment.moved(g, 0)
+                self.pack("strips", self.strips, a, height)
                 with f.span(height, core.rows) as i:
                     rows = f.least_of(f.whole("sub", height, i), core.rows)
                     strip = f.byte(self.strips, f.whole("udiv", i, core.rows), core.strip)
-                    following = f.byte(a, GROUP * core.rows, self.a_outer)
+                    following = a.moved(GROUP * core.rows, 0)
                     self.first = f.test("eq", f.whole("add", g, i), 0)
                     i = f.whole("add", g, i)
                     self.tiles(i, rows, strip, following, b, f.byte(self.sums, i, pitch))
 
-    def sweep(self, a: str, b: str) -> None:
+    def sweep(self, a: Source, b: Source) -> None:
         """A segment of a thin block."""
         f, core = self.f, self.core
-        near = f.test("eq", self.a_inner, core.width)
+        near = f.test("eq", a.inner, core.width)
         with f.under(f.choose(near, "false", "true", "i1")), f.span("%rows") as r:
             with f.span(self.count) as k:
-                x = f.load(f.byte(f.byte(a, r, self.a_outer), k, self.a_inner), core.memory, 0)
+                x = f.load(f.byte(f.byte(a.start, r, a.outer), k, a.inner), core.memory, 0)
                 place = f.byte(f.byte(self.strips, r, core.strip), k, core.width)
                 f.store(x, place, core.memory, 0)
-        a, row = f.choose(near, a, self.strips, "ptr"), f.choose(near, self.a_outer, core.strip)
+        start, row = (
+            f.choose(near, a.start, self.strips, "ptr"),
+            f.choose(near, a.outer, core.strip),
+        )
         work = "null"
-        for name, here in (("dots", "true"), ("sweep", f.test("eq", self.b_outer, core.width))):
+        for name, here in (("dots", "true"), ("sweep", f.test("eq", b.outer, core.width))):
             for rows in sorted(FEW, reverse=True):
                 fits = f.let(f"and i1 {here}, {f.test('sle', '%rows', rows)}")
                 work = f.choose(fits, f"@{name}{rows}", work, "ptr")
-        left = (self.count, a, row, f.whole("sub", "%rows", 1))
-        right = (b, self.b_outer, self.b_inner, "%columns", self.sums, self.panels, self.more)
+        left = (self.count, start, row, f.whole("sub", "%rows", 1))
+        right = (b.start, b.outer, b.inner, "%columns", self.sums, self.panels, self.more)
         f.run(work, THIN, *left, *right)
         with f.under(self.final):
             self.finish("0", "%rows", self.sums)
 
-    def pack(self, name: str, to: str, source: str, outer: str, inner: str, length: str) -> None:
+    def pack(self, name: str, to: str, x: Source, length: str) -> None:
         """An operand's segment, in panels or strips."""
         f, core = self.f, self.core
         columns, pitch, panel = core.packing[name]
-        rows = f.test("eq", outer, core.width)
+        rows = f.test("eq", x.outer, core.width)
         with f.under(rows):
-            f.run(f"@{name}", SPREAD, to, source, inner, self.count, length)
+            f.run(f"@{name}", SPREAD, to, x.start, x.inner, self.count, length)
+        if core.windows:
+            with f.under(f.test("ne", x.way, STRIDED)):
+                places = (to, x.start, x.rows, x.terms, x.way, x.run, x.row, x.term)
+                f.run(f"@{name}.windows", WINDOWS, *places, self.count, length)
+            rows = f.let(f"or i1 {rows}, {f.test('ne', x.way, STRIDED)}")
         with f.under(f.choose(rows, "false", "true", "i1")), f.span(length, columns) as j:
             width = f.least_of(f.whole("sub", length, j), columns)
             place = f.byte(to, f.whole("udiv", j, columns), panel)
-            steps = (inner, outer, self.count, width)
-            f.run("@pack", PACK, place, pitch * self.size, f.byte(source, j, outer), *steps)
+            steps = (x.inner, x.outer, self.count, width)
+            f.run("@pack", PACK, place, pitch * self.size, f.byte(x.start, j, x.outer), *steps)
         if core.dot:
             with f.span(length, columns) as j:
                 place = f.byte(to, f.whole("udiv", j, columns), panel)
@@ -695,19 +886,18 @@ class Block:
         whole = f.test("eq", f.whole("srem", width, core.lanes), 0)
         return width, f.choose(self.pack_b, "false", "true" if core.masks else whole, "i1")
 
-    def tiles(self, i: str, rows: str, strip: str, following: str, b: str, sums: str) -> None:
+    def tiles(self, i: str, rows: str, strip: str, following: Source, b: Source, sums: str) -> None:
         """The tiles of a strip, and what becomes of them after the last segment."""
         f, core = self.f, self.core
         large = f.test("sgt", rows, core.rows // 2 + 1)
         heights = ((core.rows, large), (SMALL, f.choose(large, "false", "true", "i1")))
         with f.span("%columns", core.columns) as j:
             width, direct = self.width(j)
-            source = f.choose(direct, f.byte(b, j, self.b_outer), self.panel(j), "ptr")
+            source = f.choose(direct, f.byte(b.start, j, b.outer), self.panel(j), "ptr")
             with f.under(f.choose(direct, "false", self.first, "i1")):
-                given = (f.byte(b, j, self.b_outer), self.b_outer, self.b_inner, width)
-                self.pack("panels", self.panel(j), *given)
+                self.pack("panels", self.panel(j), b.moved(j, 0), width)
             ahead = self.ahead(j, b, following)
-            step = f.choose(direct, self.b_inner, core.columns * self.size)
+            step = f.choose(direct, b.inner, core.columns * self.size)
             double = f.test("sgt", width, core.lanes)
             lanes = f.choose(double, f.whole("sub", width, core.lanes), width)
             target = f.byte(sums, j, self.size)
@@ -720,28 +910,35 @@ class Block:
         with f.under(self.final):
             self.finish(i, rows, sums)
 
-    def ahead(self, j: str, b: str, following: str) -> list[str]:
+    def ahead(self, j: str, b: Source, following: Source) -> list[str]:
         """What is packed next, and how a tile's turns walk through it: b's next panel, or, while a
         strip that is not the first meets the first panels, a part of a's next group."""
         f, core = self.f, self.core
         part = f.whole("udiv", j, core.columns)
         early = f.test("ult", part, ceil(GROUP * core.rows / 32))
-        panel = f.byte(b, f.whole("add", j, core.columns), self.b_outer)
-        found = self.way(panel, self.b_outer, self.b_inner, "0")
-        group = self.way(following, self.a_outer, self.a_inner, part)
+        found = self.way(b.moved(f.whole("add", j, core.columns), 0), "0")
+        group = self.way(following, part)
         kinds, chosen = ("ptr", "i64", "i64"), []
         for x, y, nothing, kind in zip(found, group, (self.strips, 0, 0), kinds, strict=True):
             chosen.append(f.choose(self.first, x, f.choose(early, y, nothing, kind), kind))
         return chosen
 
-    def way(self, start: str, outer: str, inner: str, part: str) -> tuple[str, str, str]:
+    def way(self, x: Source, part: str) -> tuple[str, str, str]:
         """A start, a stride, and a step after 32 turns: through rows of which a turn is `span`
-        bytes, or through 32 columns, so much of each and then the next."""
+        bytes, or through 32 columns, so much of each and then the next; through windows as they
+        lie."""
         f, span = self.f, self.core.span
-        flat, round_trip = f.test("eq", outer, self.core.width), f.whole("mul", outer, 32)
-        place = f.byte(start, f.choose(flat, span, round_trip), part)
+        flat, round_trip = f.test("eq", x.outer, self.core.width), f.whole("mul", x.outer, 32)
+        place = f.byte(x.start, f.choose(flat, span, round_trip), part)
         back = f.whole("sub", span, round_trip)
-        return place, f.choose(flat, inner, outer), f.choose(flat, 0, back)
+        found = place, f.choose(flat, x.inner, x.outer), f.choose(flat, 0, back)
+        if not self.core.windows:
+            return found
+        windows, kinds = f.test("ne", x.way, STRIDED), ("ptr", "i64", "i64")
+        other = f.byte(x.first(windows), f.whole("mul", part, SEGMENT), span), span, 0
+        pairs = zip(other, found, kinds, strict=True)
+        first, stride, turn = (f.choose(windows, *each) for each in pairs)
+        return first, stride, turn
 
     def finish(self, i: str, rows: str, sums: str) -> None:
         """The epilogue of a strip; one that is computed in place of its transpose is turned."""
@@ -835,7 +1032,24 @@ def core_of(c: Contraction, bits: int) -> Core:
     """The core of a contraction; few rows or columns wait for memory, not for arithmetic."""
     dtype = c.a.buffer.dtype
     has_dot = bits == 512 and "+avx512bf16" in host().features.split(",")
-    return Core(dtype, bits, c.dot and has_dot and min(c.m, c.n) > max(FEW))
+    dot = c.dot and has_dot and min(c.m, c.n) > max(FEW)
+    return Core(dtype, bits, dot, bool(c.a.digits or c.b.digits))
+
+
+def way_of(x: Operand) -> tuple[int, int]:
+    """How windows are packed, and in which runs: the longest that are worth it."""
+    if x.digits is None:
+        return STRIDED, 1
+    (rows, far), (terms, near) = (each[-1] for each in x.digits)
+    found = [(rows, ROWS)] if far == 1 else []
+    found += [(terms, TERMS)] if near == 1 else []
+    run, way = max([(1, SINGLE), *((run, way) for run, way in found if run >= NEAR[way])])
+    return way, run
+
+
+def tables(x: Operand) -> list[Table]:
+    """Where the rows and the terms of windows lie."""
+    return [Table(each, x.buffer.dtype.itemsize) for each in x.digits or ()]
 
 
 def structure(c: Contraction, bits: int | None = None) -> Structure:
@@ -852,9 +1066,11 @@ def walk(c: Contraction, core: Core, cut: Tiling) -> Slots:
     slots, entry = Slots(), cast(Any, core)
     m, n, a, b = roles(c)
     pointers = [slots.buffer(each) for each in (entry, a.buffer, b.buffer)]
-    slots.write("contraction", core.key, len(c.batch), *pointers)
+    pointers += [slots.buffer(cast(Any, each)) for x in (a, b) for each in tables(x)]
+    slots.write("contraction", core.key, len(c.batch), *pointers, bool(a.digits), bool(b.digits))
     numbers = (
         c.k, a.outer, a.inner, b.outer, b.inner, cut.pack_b, is_turned(c), cut.thin,
+        *way_of(a), *way_of(b),
         m, n, cut.down, cut.across, cut.tall, cut.wide, cut.most, a.offset, b.offset,
     )  # fmt: skip
     for field, number in zip((*FIELDS, *CUT, "a", "b"), numbers, strict=True):
@@ -871,8 +1087,14 @@ def emit(c: Contraction, bits: int, name: str) -> str:
     core = core_of(c, bits)
     slots = walk(c, core, tiling(c, core))
     f = Function(name, "(ptr %args, i64 %begin, i64 %end, ptr %scratch)", "")
-    operands = [slots.buffer(x.buffer) for x in roles(c)[2:]]
+    sides = roles(c)[2:]
+    operands = [slots.buffer(x.buffer) for x in sides]
     entry, a, b = (f.argument("%args", place, "ptr") for place in (0, *operands))
+    places = [
+        f.argument("%args", slots.buffer(cast(Any, each)), "ptr") if each else "null"
+        for x in sides
+        for each in tables(x) or (None, None)
+    ]
     fields = f.byte("%args", 8 * slots.slot(FIELDS[0]))
     m, n, down, across, tall, wide, most, *starts = (
         f.argument("%args", slots.slot(field)) for field in (*CUT, "a", "b")
@@ -894,16 +1116,16 @@ def emit(c: Contraction, bits: int, name: str) -> str:
         column = f.whole("mul", f.whole("urem", rest, across), wide)
         column, wider = f.choose(thin, begin, column), f.choose(thin, length, wide)
         batch = rest = f.whole("udiv", rest, across)
-        places = starts
+        moved = starts
         for size, *steps in reversed(axes):
             i, rest = f.whole("urem", rest, size), f.whole("udiv", rest, size)
             moves = [f.whole("mul", i, step) for step in steps]
-            places = [f.whole("add", *each) for each in zip(places, moves, strict=True)]
-        left, right = (f.byte(x, at, core.width) for x, at in zip((a, b), places, strict=True))
+            moved = [f.whole("add", *each) for each in zip(moved, moves, strict=True)]
+        left, right = (f.byte(x, at, core.width) for x, at in zip((a, b), moved, strict=True))
         height = f.least_of(f.whole("sub", m, row), height)
         width = f.least_of(f.whole("sub", n, column), wider)
         block = (fields, left, right, row, height, column, width)
-        f.run(entry, BLOCKED, *block, "%scratch", f"@{name}.epilogue", "%args", batch)
+        f.run(entry, BLOCKED, *block, "%scratch", f"@{name}.epilogue", "%args", batch, *places)
         return [f.whole("add", unit, count)]
 
     f.repeat([("i64", "%begin")], lambda values: f.test("slt", values[0], "%end"), turn)

@@ -554,6 +554,14 @@ class Kernel(Writer):
         step = self.group * self.lanes
         middle = self.multiple(low, high, step)
         values = self.loop(low, middle, step, carried, turn(None))
+        if not states and self.group > 1:
+            # What is left is one vector after the other
+            group, self.group, step = self.group, 1, self.lanes
+            low, middle = middle, self.multiple(middle, high, step)
+            self.loop(low, middle, step, [], turn(None))
+            self.loop(middle, high, step, [], turn(high))
+            self.group = group
+            return []
         carried = [(kind, value) for (kind, _), value in zip(carried, values, strict=True)]
         return self.loop(middle, high, step, carried, turn(high))
 

@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any, cast
 
 import needle.ops as ops
 from needle.array.spec import as_axes
 from needle.compiler import OFF
 from needle.compiler.graph import Graph, Item, Node
-from needle.compiler.index import Index, coordinate, delinearize, fixed, linearize
-from needle.compiler.loops import COLUMNS, ROWS, Expr
+from needle.compiler.index import Index, coordinate, delinearize, digits, fixed, linearize
+from needle.compiler.loops import COLUMNS, ROWS, Digits, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
 from needle.ops.elementwise import Comparison
 from needle.ops.index import Checked, Gather, IndexCopy, ScatterAdd
@@ -379,8 +380,9 @@ class Fuser:
         return False
 
     def place_contraction(self, node: Node) -> None:
+        windows = any(self.has_windows(x) for x in node.inputs)
         for x in node.inputs:
-            self.ground(x, views_only=True)
+            self.ground(x, views_only=True, windows=windows)
         group = self.begin("contraction", node.shape)
         group.index[node] = coordinates(len(node.shape))
         self.group_of[node] = group
@@ -447,8 +449,15 @@ class Fuser:
 
     # Reading from memory
 
-    def ground(self, x: Node, views_only: bool = False) -> None:
-        """See to it that x is a view of memory: place what is computed below its movements."""
+    def has_windows(self, x: Node) -> bool:
+        """Whether windows are among the views that lead to an operand."""
+        while type(x.op) in VIEWS and x not in self.group_of and type(x.op) is not ops.Windows:
+            x = x.inputs[0]
+        return type(x.op) is ops.Windows
+
+    def ground(self, x: Node, views_only: bool = False, windows: bool = False) -> None:
+        """See to it that x is a view of memory: place what is computed below its movements.
+        windows: matrices whose rows and columns are numbers with strided digits are views too."""
         stack = [x]
         while stack:
             node = stack.pop()
@@ -456,19 +465,21 @@ class Fuser:
                 continue
             kind = type(node.op)
             movable = kind in VIEWS if views_only else kind in MOVEMENT
-            if not movable or (views_only and not self.is_affine(x, node)):
+            if not movable or (views_only and not self.is_affine(x, node, windows)):
                 self.place(node)
             else:
                 stack.extend(node.inputs[:1] if kind is After else node.inputs)
 
-    def is_affine(self, x: Node, node: Node) -> bool:
-        """Whether the path of views from x down to a node's input has strides."""
+    def is_affine(self, x: Node, node: Node, windows: bool) -> bool:
+        """Whether the path of views from x down to a node's input has strides, or digits that
+        have."""
         index, sizes = coordinates(len(x.shape)), x.shape
         while True:
             number, index, _ = MOVEMENT[type(x.op)](
                 x.op, index, [each.shape for each in x.inputs], sizes
             )[0]
-            if not all(isinstance(atom, int) for each in index for atom in each.terms):
+            found = lay_of(index, sizes)
+            if found is None or any(len(each) > 1 for each in found[: -2 if windows else None]):
                 return False
             if x is node:
                 return True
@@ -505,6 +516,19 @@ def is_plain(index: Indices, axis: int) -> bool:
     return all(
         isinstance(atom, int) or axis not in atom.axes for each in index for atom in each.terms
     )
+
+
+def lay_of(indices: Indices | Sequence[Index], sizes: Sequence[int]) -> list[Digits] | None:
+    """How each axis goes through indices: one digit where it has a stride; None where axes mix."""
+    terms: list[list[tuple[Any, int]]] = [[] for _ in sizes]
+    for index in indices:
+        for atom, factor in index.terms.items():
+            axes = (atom,) if isinstance(atom, int) else tuple(atom.axes)
+            if len(axes) != 1:
+                return None
+            terms[axes[0]].append((atom, factor))
+    found = [digits(each, size) for each, size in zip(terms, sizes, strict=True)]
+    return None if None in found else cast(list[Digits], found)
 
 
 INLINED = frozenset({*MOVEMENT, ops.RandomUniform})

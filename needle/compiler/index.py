@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from needle.compiler.loops import Access, Buffer, Expr, axis, binary, expr, param
+from needle.compiler.loops import Access, Buffer, Digits, Expr, axis, binary, expr, param
 from needle.dtype import int64
 
 Sizes = Sequence[int]  # of the loop axes
@@ -166,6 +167,43 @@ def ask_split(part: Index, n: int, sizes: Loops) -> None:
         least = n // stride
         if sizes[atom] % least == 0 and 1 < least < sizes[atom]:
             sizes.splits.setdefault(atom, least)
+
+
+def place_of(atom: Any, size: int) -> tuple[int, int] | None:
+    """(w, m) of an atom that is a coordinate below size // w % m; None of any other."""
+    if isinstance(atom, int):
+        return 1, size
+    if not isinstance(atom, (Quotient, Residue)) or atom.index.constant:
+        return None
+    terms = list(atom.index.terms.items())
+    found = place_of(terms[0][0], size) if len(terms) == 1 and terms[0][1] == 1 else None
+    if found is None or found[1] % atom.divisor:
+        return None
+    w, m = found
+    return (w, atom.divisor) if isinstance(atom, Residue) else (w * atom.divisor, m // atom.divisor)
+
+
+def digits(terms: Sequence[tuple[Any, int]], size: int) -> Digits | None:
+    """What a coordinate below `size` adds to an index by these terms (atoms of it alone, factors),
+    as digits of a mixed radix: (size, stride) each, the most significant first."""
+    if all(isinstance(atom, int) for atom, _ in terms):
+        return ((size, sum(factor for _, factor in terms)),)
+    places = [place_of(atom, size) for atom, _ in terms]
+    bounds = sorted({1, size}.union(*({x[0], x[0] * x[1]} for x in places if x)))
+    if None in places or any(b % a for a, b in pairwise(bounds)):
+        return None
+    found: list[tuple[int, int]] = []
+    for low, high in pairwise(bounds):
+        stride = sum(
+            factor * low // place[0]
+            for place, (_, factor) in zip(places, terms, strict=True)
+            if place and place[0] <= low < place[0] * place[1]
+        )
+        if found and found[-1][1] * found[-1][0] == stride:  # one long digit
+            found[-1] = found[-1][0] * (high // low), found[-1][1]
+        else:
+            found.append((high // low, stride))
+    return tuple(found[::-1])
 
 
 def substitute(index: Index, table: Mapping[int, Index], sizes: Sizes) -> Index:

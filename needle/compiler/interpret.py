@@ -21,7 +21,7 @@ import numpy as np
 
 import needle.dtype as dtypes
 from needle.compiler import loops
-from needle.compiler.loops import ROWS, Access, Buffer, Contraction, Expr, Nest, Scatter
+from needle.compiler.loops import ROWS, Access, Buffer, Contraction, Expr, Nest, Scatter, offsets
 from needle.dtype import DType, bfloat16, float32, float64
 from needle.ops.elementwise import larger, smaller
 from needle.ops.order import SEGMENT, fold, sum_columns, sum_rows
@@ -269,6 +269,8 @@ def operand(x: loops.Operand, shape: Sequence[int], memory: Memory, dtype: DType
     strides = (*x.batch, x.outer, x.inner)
     axes = Domain(shape, ROWS, memory)
     place = axes.place(Access(x.buffer, x.offset, tuple(enumerate(strides))), {})
+    if x.digits is not None:
+        place = place + np.add.outer(*map(offsets, x.digits))
     assert 0 <= place.min(initial=0) <= place.max(initial=0) < max(x.buffer.size, 1), f"{x}"
     return memory[x.buffer][place].astype(dtype)
 

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -331,15 +332,31 @@ class Nest:
         return ordered(roots, *read)
 
 
+Digits = tuple[tuple[int, int], ...]  # of a coordinate: (size, stride), most significant first
+
+
+def offsets(digits: Digits) -> np.ndarray:
+    """Where the elements of a coordinate lie whose digits have strides."""
+    found = np.zeros(1, np.int64)
+    for size, stride in digits:
+        found = (found[:, None] + np.arange(size) * stride).ravel()
+    return found
+
+
 @dataclass(frozen=True)
 class Operand:
-    """A contraction's operand: a strided view with batch, outer (m or n) and inner (k) strides."""
+    """A contraction's operand: a strided view with batch, outer (m or n) and inner (k) strides.
+
+    digits: of windows, whose outer and inner coordinates have no strides (they are 0) but digits
+    that have, outer's and inner's.
+    """
 
     buffer: Buffer
     offset: int
     batch: tuple[int, ...]
     outer: int
     inner: int
+    digits: tuple[Digits, Digits] | None = None
 
 
 @dataclass(eq=False)
@@ -501,6 +518,7 @@ def show(nest: AnyNest) -> str:
         sizes = " ".join(map(str, (*nest.batch, nest.m, nest.n, nest.k)))
         operands = [
             f"  {name} = {x.buffer}+{x.offset} batch {x.batch} outer {x.outer} inner {x.inner}"
+            + (f" digits {x.digits}" if x.digits else "")
             for name, x in (("a", nest.a), ("b", nest.b))
         ]
         head = f"contraction [{sizes}] {nest.dtype}"
@@ -561,6 +579,9 @@ def verify(nest: AnyNest) -> None:
         assert shape == (*nest.batch, nest.m, nest.n), f"epilogue {shape} of {show(nest)}"
         assert nest.a.buffer.dtype == nest.b.buffer.dtype, "operands of two dtypes"
         assert len(nest.a.batch) == len(nest.b.batch) == len(nest.batch)
+        for x, outer in ((nest.a, nest.m), (nest.b, nest.n)):
+            sizes = [prod(size for size, _ in each) for each in x.digits or ()]
+            assert sizes in ([], [outer, nest.k]), f"digits {x.digits} of {show(nest)}"
         assert not any(x.op in ("reduce", "scan") for x in nest.epilogue.expressions())
     elif isinstance(nest, Scatter):
         for each in ordered([nest.row, nest.value]):

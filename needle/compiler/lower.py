@@ -9,6 +9,7 @@ Others are kinds of nests of their own: SPECIAL names them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from needle.compiler.index import (
     as_expr,
     divide,
     fixed,
+    linearize,
     reshape_index,
     within,
 )  # fmt: skip
@@ -319,14 +321,25 @@ def flip(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[S
     return [(0, tuple(found), None)]
 
 
+def windows(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
+    first, *middle, last = index
+    count = len(op.size)
+    pairs = zip(middle[:count], op.stride, middle[count:], op.dilation, strict=True)
+    return [(0, (first, *(o * s + t * d for o, s, t, d in pairs), last), None)]
+
+
 def both(a: Expr | None, b: Expr | None) -> Expr | None:
     return b if a is None else a if b is None else a & b
 
 
 def pad(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
-    found, mask = [], None
-    for i, n, (before, _) in zip(index, shapes[0], op.widths, strict=True):
-        mask = both(mask, within(i, before, before + n, sizes))
+    found, mask, shape = [], None, shapes[0]
+    last = max((axis for axis, pair in enumerate(op.widths) if any(pair)), default=0)
+    for axis, (i, n, (before, _)) in enumerate(zip(index, shape, op.widths, strict=True)):
+        place, rest = i, 1
+        if axis == last:  # of the whole rest, with which the axis can then be one
+            place, rest = linearize(index[axis:], shape[axis:]), prod(shape[axis + 1 :])
+        mask = both(mask, within(place, before * rest, (before + n) * rest, sizes))
         found.append(i + -before)
     return [(0, tuple(found), mask)]
 
@@ -372,9 +385,9 @@ def stack(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[
 MOVEMENT: dict[type, Callable[..., list[Source]]] = {
     ops.Reshape: reshape, ops.BroadcastTo: broadcast, ops.Permute: permute, ops.Slice: slice_,
     ops.Flip: flip, ops.Pad: pad, Unslice: unslice, ops.Concatenate: join, ops.Stack: stack,
-    After: after,
+    After: after, ops.Windows: windows,
 }  # fmt: skip
-VIEWS = (ops.Reshape, ops.BroadcastTo, ops.Permute, ops.Slice, ops.Flip, After)
+VIEWS = (ops.Reshape, ops.BroadcastTo, ops.Permute, ops.Slice, ops.Flip, ops.Windows, After)
 
 
 def filler(op: Any, dtype: DType) -> Expr:

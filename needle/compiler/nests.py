@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import needle.ops as ops
-from needle.compiler.fuse import Fuser, Group, Indices, Piece, reduced_axes
+from needle.compiler.fuse import Fuser, Group, Indices, Piece, lay_of, reduced_axes
 from needle.compiler.graph import Constant, Item, Node
 from needle.compiler.index import (
     Index,
@@ -63,6 +63,7 @@ from needle.ops.index import Checked, Gather, IndexCopy, words
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
+SHORT = 8  # elements that are no row
 
 
 class Layout:
@@ -289,6 +290,21 @@ class Shaper:
                 indices[axis] = each
         self.replace(parts, indices)
 
+    def is_short(self) -> bool:
+        """Whether the last axis, which vectors lie along, is shorter than the one before it."""
+        return (
+            self.outer is None
+            and len(self.sizes) > 1
+            and self.sizes[-1] < min(SHORT, self.sizes[-2])
+        )
+
+    def turn(self) -> None:
+        """The last two axes in the other order."""
+        *rest, m, n = range(len(self.sizes))
+        table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
+        self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
+        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]
+
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
         found: list[list[int]] = []
@@ -339,6 +355,8 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         elif shaper.outer is not None and len(shaper.sizes) > shaper.outer + 1:
             last = range(shaper.outer, len(shaper.sizes))
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
+        elif shaper.is_short():
+            shaper.turn()
         else:
             break
         del layout.checks[count:]
@@ -403,9 +421,14 @@ def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequen
         number, index, _ = found[0]
         x = x.inputs[number]
     buffer, place = layout.place(x, index)
-    strides = [place.terms.get(axis, 0) for axis in range(len(sizes))]
-    assert all(isinstance(atom, int) for atom in place.terms), "an operand without strides"
-    return Operand(buffer, place.constant, tuple(strides[:-2]), strides[-2], strides[-1])
+    ways = lay_of([place], sizes)
+    assert ways is not None, "an operand without strides"
+    batch, (outer, inner) = ways[:-2], ways[-2:]
+    assert all(len(each) == 1 for each in batch), "windows of batch axes"
+    steps = tuple(stride for ((_, stride),) in batch)
+    if len(outer) == len(inner) == 1:
+        return Operand(buffer, place.constant, steps, outer[0][1], inner[0][1])
+    return Operand(buffer, place.constant, steps, 0, 0, (outer, inner))
 
 
 def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:

@@ -2,9 +2,11 @@
 
     add(a, negate(b))            -> subtract(a, b)
     stop_gradient(x), cast to x's own dtype, reshape or broadcast to x's own shape, permute to
-    x's own order, x * 1, x / 1, x + -0.0           -> x
+    x's own order, pad by nothing, x * 1, x / 1, x + -0.0  -> x
     reshape(reshape(x))          -> reshape(x)
     permute(permute(x))          -> permute(x); transpose is a permute
+    f(permute(x), ...)           -> permute(f(x, ...)) of an elementwise f, where the last axis
+                                    becomes the second one: images are computed channels last
     sum over axes of size 1      -> reshape(x)
     sum over trailing and other axes                -> the sum of sums (needle/ops/order.py)
     a long reduction to few elements                -> its chunks side by side, then fold
@@ -49,7 +51,22 @@ COLUMN_BLOCK = 64  # outputs that one unit of a nest of columns adds
 def rewrite(builder: Builder, op: Any, inputs: tuple[Node, ...]) -> Node | None:
     """A simpler node of the same value, or None."""
     rule = LOWERED.get(type(op)) or ("simplify" not in OFF and ALGEBRA.get(type(op)))
-    return rule(builder, op, *inputs) if rule else None
+    found = rule(builder, op, *inputs) if rule else None
+    if found is None and getattr(op, "is_elementwise", False) and "simplify" not in OFF:
+        return hoist(builder, op, inputs)
+    return found
+
+
+def hoist(builder: Builder, op: Any, inputs: tuple[Node, ...]) -> Node | None:
+    """The permutes of an elementwise op's inputs, after it."""
+    ndim = len(inputs[0].shape)
+    order = (0, ndim - 1, *range(1, ndim - 1))
+    found = [type(x.op) is Permute and x.op.order == order for x in inputs]
+    if ndim < 3 or not any(found) or (ndim == 3 and not all(found)):
+        return None
+    back = Permute(tuple(order.index(axis) for axis in range(ndim)))
+    moved = [builder.make(back, x) for x in inputs]
+    return builder.make(Permute(order), builder.make(op, *moved))
 
 
 def same(builder: Builder, op: Any, x: Node) -> Node | None:
@@ -60,6 +77,10 @@ def add(builder: Builder, op: Any, a: Node, b: Node) -> Node | None:
     if type(b.op) is Negate:
         return builder.make(SUBTRACT, a, b.inputs[0])
     return None
+
+
+def pad(builder: Builder, op: Pad, x: Node) -> Node | None:
+    return None if any(map(any, op.widths)) else x
 
 
 def cast(builder: Builder, op: Cast, x: Node) -> Node | None:
@@ -183,7 +204,7 @@ class Fold(Reduction):
 
 ALGEBRA: dict[type, Any] = {
     EWiseAdd: add, StopGradient: same, Cast: cast, BroadcastTo: broadcast, Reshape: reshape,
-    Permute: permute, MulScalar: scale, DivScalar: scale, AddScalar: shift,
+    Permute: permute, Pad: pad, MulScalar: scale, DivScalar: scale, AddScalar: shift,
 }  # fmt: skip
 LOWERED: dict[type, Any] = {  # what later passes know in one form only
     Transpose: transpose, Summation: reduction, Max: reduction, Min: reduction,

@@ -1,8 +1,9 @@
 """The ops: primitives, composites made of them, and the functions that users call.
 
 Read elementwise.py, movement.py, reduce.py, contract.py, index.py (primitives), then composite.py,
-activation.py, normalize.py, loss.py, update.py (composites), random.py, tuples.py, precision.py
-(autocast). This file names them all and registers them as the operators of Tensor and NDArray.
+activation.py, normalize.py, loss.py, update.py, conv.py (composites), random.py, tuples.py,
+precision.py (autocast). This file names them all and registers them as the operators of Tensor and
+NDArray.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from needle.ops.activation import (
 )
 from needle.ops.composite import Composite, CompositeTuple
 from needle.ops.contract import MatMul, einsum, matmul, outer, tensordot
+from needle.ops.conv import Conv, ConvTranspose, Windows, conv, conv_transpose, windows
 from needle.ops.device import ToDevice, to_device
 from needle.ops.elementwise import (
     Abs, AddScalar, BroadcastTo, Cast, Ceil, Clip, Cos, DivScalar, Equal, Erf, EWiseAdd,

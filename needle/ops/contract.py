@@ -1,4 +1,4 @@
-"""Contractions: matmul, and einsum, tensordot and outer made of it. Next: index.py."""
+"""Contractions: matmul, and einsum, tensordot and outer made of it. Next: conv.py."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import needle.ops.activation as act
 import needle.ops.contract as con
+import needle.ops.conv as cv
 import needle.ops.elementwise as ew
 import needle.ops.index as ix
 import needle.ops.loss as lo
@@ -26,7 +27,7 @@ from needle.ops.device import ToDevice
 from needle.ops.elementwise import NARROWABLE, narrowed, widened
 from needle.ops.random import RandomUniform
 
-LOW: tuple[type[Op], ...] = (con.MatMul, con.BroadcastMatMul)
+LOW: tuple[type[Op], ...] = (con.MatMul, con.BroadcastMatMul, cv.Conv, cv.ConvTranspose)
 FLOAT32: tuple[type[Op], ...] = (
     ew.Exp, ew.Expm1, ew.Log, ew.Log1p, ew.Rsqrt, ew.EWisePow, ew.PowerScalar, act.Softplus,
     re.Summation, re.CumSum, no.Mean, no.Variance, no.StandardDeviation,
@@ -45,7 +46,7 @@ AS_GIVEN: tuple[type[Op], ...] = (
     re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd, ix.IndexCopy,
     ix.Checked,
     mo.Reshape, mo.After, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip,
-    mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, ToDevice,
+    mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, cv.Windows, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,
     # what never runs in low precision for autocast's sake
     CompositeGradient, RandomUniform, up.ClippedByNorm, up.BiasCorrection, up.SGDUpdate,

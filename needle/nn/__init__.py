@@ -6,14 +6,17 @@ family: activation.py, linear.py, embedding.py, normalization.py, container.py, 
 
 # fmt: off
 # isort: off
-from needle.nn import functional, nn_basic
+from needle.nn import functional, nn_basic, nn_transformer
 from needle.nn.activation import (ELU, GELU, Dropout, Identity, LeakyReLU, LogSoftmax, ReLU,
                                   Sigmoid, SiLU, Softmax, Softplus, Tanh)
+from needle.nn.attention import AttentionLayer, KVCache, MultiheadAttention, MultiHeadAttention
 from needle.nn.container import Residual, Sequential
-from needle.nn.embedding import Embedding
+from needle.nn.embedding import Embedding, LearnedPositions, SinusoidalPositions
 from needle.nn.linear import Flatten, Linear
 from needle.nn.loss import (BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, KLDivLoss, L1Loss,
                             MSELoss, NLLLoss, SoftmaxLoss)
 from needle.nn.module import Module, Parameter, RowParameter
 from needle.nn.normalization import BatchNorm1d, GroupNorm, LayerNorm, LayerNorm1d, RMSNorm
 from needle.nn.summary import Summary, summary
+from needle.nn.transformer import (Transformer, TransformerDecoder, TransformerDecoderLayer,
+                                   TransformerEncoder, TransformerEncoderLayer, TransformerLayer)

@@ -13,6 +13,7 @@ from needle.nn import functional
 from needle.nn.module import Module, Parameter, RowParameter
 from needle.ops import where
 from needle.ops.elementwise import Operand
+from needle.ops.index import Checked, Gather
 
 
 class Embedding(Module):
@@ -49,3 +50,34 @@ class Embedding(Module):
 
     def forward(self, ids: Operand) -> Tensor:
         return functional.embedding(ids, self.weight, self.padding_idx)
+
+
+class Positions(Module):
+    """y = x + what stands for places 0, 1, ..., or for `positions` (T,), in x (..., T, dim)."""
+
+    def encode(self, positions: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__}: encode is not written")
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            positions = Tensor(np.arange(x.shape[-2]), device=x.device)
+        return x + self.encode(positions, x)
+
+
+class SinusoidalPositions(Positions):
+    """y = x + sines and cosines of the places (Vaswani et al., 2017): `functional.sinusoidal`."""
+
+    def encode(self, positions: Tensor, x: Tensor) -> Tensor:
+        return functional.sinusoidal(positions, x.shape[-1], dtype=x.dtype)
+
+
+class LearnedPositions(Positions):
+    """y = x + weight[places], weight (max_len, dim); IndexError for a place that it lacks."""
+
+    def __init__(self, max_len: int, dim: int, device: Any = None, dtype: Any = "float32") -> None:
+        self.max_len = max_len
+        self.weight = Parameter(randn(max_len, dim, std=0.02, device=device, dtype=dtype))
+
+    def encode(self, positions: Tensor, x: Tensor) -> Tensor:
+        places = Checked("positions: expected places", self.max_len)(positions)
+        return Gather(0)(self.weight, places)

@@ -33,9 +33,9 @@ def check_between(text: str, index: np.ndarray, low: int, high: int) -> None:
         raise IndexError(f"{text}; received {index[(index < low) | (index >= high)].flat[0]}")
 
 
-def words(name: str, size: int, wraps: bool = True) -> str:
+def words(name: str, size: int) -> str:
     """What an index should have been."""
-    return f"{name}: expected {f'indices below {size}' if wraps else f'ids from 0 to {size - 1}'}"
+    return f"{name}: expected indices below {size}"
 
 
 def gathered(x: Spec, indices: Sequence[Spec], axis: int) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class ScatterAdd(TensorOp):
 
 @primitive
 class Checked(TensorOp):
-    """y = indices of `size` rows, int64; IndexError, in the name of `who`, for others. wraps:
+    """y = indices of `size` rows, int64; IndexError, that begins with `who`, for others. wraps:
     negative ones count from the end, else they are refused."""
 
     who: str
@@ -108,7 +108,7 @@ class Checked(TensorOp):
 
     @property
     def words(self) -> str:
-        return words(self.who, self.size, self.wraps)
+        return words(self.who, self.size) if self.wraps else f"{self.who} from 0 to {self.size - 1}"
 
     def compute(self, index: np.ndarray) -> np.ndarray:
         check_between(self.words, index, -self.size if self.wraps else 0, self.size)

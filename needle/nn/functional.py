@@ -7,10 +7,14 @@ Most are ops under the names that the field gives them here. Functions of images
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from needle.array.spec import as_shape
 from needle.autograd import Tensor
+from needle.dtype import bool_
 from needle.errors import expect
 from needle.init import ones_like, randb
 from needle.nn.layout import in_all_ranks, on_images, to_first, to_last
@@ -19,12 +23,13 @@ from needle.nn.layout import in_all_ranks, on_images, to_first, to_last
 # isort: off
 # ruff: noqa: F401
 from needle.ops import (
-    bce_with_logits, cross_entropy, elu, flatten, gelu, huber_loss, kl_div, l1_loss, leaky_relu,
-    log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
-    softplus, tanh,
+    bce_with_logits, concatenate, cos, cross_entropy, elu, flatten, gelu, huber_loss, kl_div,
+    l1_loss, leaky_relu, log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid,
+    silu, sin, softmax, softplus, split, stack, tanh,
 )
 from needle.ops import conv, conv_transpose, pool, resize
-from needle.ops.elementwise import Operand, as_float, narrowed
+from needle.ops.elementwise import Operand, as_float, narrowed, not_equal, where
+from needle.ops.index import Checked, Gather, as_indices
 # fmt: on
 # isort: on
 
@@ -82,6 +87,18 @@ pixel_shuffle = on_images("pixel_shuffle", resize.pixel_shuffle, 2)
 pixel_unshuffle = on_images("pixel_unshuffle", resize.pixel_unshuffle, 2)
 
 
+def embedding(ids: Operand, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """y = weight[ids], (..., dim) for ids (...) of integers, or floats without fractions.
+
+    The row of padding_idx gets no gradient. IndexError: ids below 0 or from len(weight) on.
+    """
+    ids = as_indices("embedding", ids, weight)
+    y = Gather(0)(weight, Checked("embedding: expected ids", len(weight))(ids))
+    if padding_idx is None:
+        return y
+    return where(not_equal(ids, padding_idx).unsqueeze(-1), y, y.detach())
+
+
 def check_probability(p: float) -> float:
     expect(0 <= p <= 1, f"dropout: expected p between 0 and 1; received {p}")
     return float(p)
@@ -110,6 +127,105 @@ def drop_channels(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 
 dropout1d, dropout2d, dropout3d = in_all_ranks("dropout", drop_channels)
+
+
+# Attention and positions
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Maybe = None, dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, probabilities before dropout) of `scaled_dot_product_attention`."""
+    heads, groups = query.shape[-3], key.shape[-3]
+    fits = key.shape[:-1] == value.shape[:-1] and query.shape[-1] == key.shape[-1]
+    shapes = f"{query.shape}, {key.shape} and {value.shape}"
+    fits = fits and query.shape[:-3] == key.shape[:-3] and groups > 0 and heads % groups == 0
+    expect(fits, f"attention: expected query, key and value (..., heads, n, d); received {shapes}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = (*query.shape[:-1], key.shape[-2])  # of the scores
+    together = (*key.shape[:-2], -1)  # the rows of queries that share keys
+    if heads != groups:
+        query = query.reshape((*together, query.shape[-1]))
+    scores = (query @ key.transpose() * scale).reshape(wide)
+    if mask is not None:
+        minus = Tensor(-math.inf, device=scores.device, dtype=scores.dtype)
+        scores = where(mask, scores, minus) if mask.dtype == bool_ else scores + mask
+    probs = softmax(scores)
+    kept = dropout(probs, dropout_p) if dropout_p else probs
+    y = kept.reshape((*together, wide[-1])) @ value if heads != groups else kept @ value
+    return y.reshape((*wide[:-1], value.shape[-1])), probs
+
+
+def causal_mask(queries: int, keys: int, like: Tensor, past: int = 0) -> Tensor:
+    """Which keys a query sees: those up to its own place, which comes `past` places later."""
+    return Tensor(np.tri(queries, keys, past, dtype=bool), device=like.device)
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Maybe = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """y = softmax(query @ key^T * scale + mask) @ value, of (..., heads, n, d), n by sequence.
+
+    key and value may have fewer heads, each for as many neighbouring ones of query (Ainslie et al.,
+    2023). attn_mask broadcasts to (..., heads, queries, keys): bool, True where a key is seen, or
+    numbers to add. is_causal: a query sees keys up to its own place. dropout_p: of the
+    probabilities. scale: by default d^-1/2. A query that sees nothing gives 0. (Vaswani et al.,
+    2017)
+    """
+    if is_causal:
+        expect(attn_mask is None, "attention: expected attn_mask or is_causal; received both")
+        attn_mask = causal_mask(query.shape[-2], key.shape[-2], query)
+    return attend(query, key, value, attn_mask, dropout_p, scale)[0]
+
+
+@cache
+def frequencies(dim: int, base: float) -> np.ndarray:
+    expect(dim % 2 == 0, f"positions: expected an even dimension; received {dim}")
+    return base ** (-np.arange(0, dim, 2) / dim)
+
+
+def waves(positions: Tensor, dim: int, base: float, dtype: Any) -> tuple[Tensor, Tensor]:
+    """sin and cos of positions (T,) times base^(-2i / dim): (T, dim / 2) each, by float64."""
+    own = Tensor(frequencies(dim, base), device=positions.device, requires_grad=False)
+    angles = positions.to("float64").unsqueeze(-1) * own
+    return sin(angles).to(dtype), cos(angles).to(dtype)
+
+
+def sinusoidal(
+    positions: Tensor, dim: int, base: float = 10000.0, dtype: Any = "float32"
+) -> Tensor:
+    """y[t, 2i] = sin(t base^(-2i / dim)), y[t, 2i + 1] = cos of it: (T, dim).
+
+    (Vaswani et al., 2017)
+    """
+    return stack(waves(positions, dim, base, dtype), -1).reshape((*positions.shape, dim))
+
+
+def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """x (..., T, d) with its pairs (x[i], x[i + d/2]) turned by t base^(-2i / d), positions (T,).
+
+    Products of queries and keys so turned depend on their distance alone. (Su et al., 2021)
+    """
+    sines, cosines = waves(positions, x.shape[-1], base, x.dtype)
+    a, b = split(x, -1, (x.shape[-1] // 2,) * 2)
+    return concatenate([a * cosines - b * sines, b * cosines + a * sines], -1)
+
+
+def alibi(num_heads: int, queries: int, keys: int, **placement: Any) -> Tensor:
+    """What is added to scores (heads, queries, keys): -slope * distance, slopes 2^(-8 h / heads).
+
+    h = 1 ... heads, a power of two, or else the slopes of the next smaller power of two, and then
+    every second one of twice as many. The last query and the last key are at one place. (Press et
+    al., 2022)
+    """
+    whole = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * h / whole) for h in range(1, whole + 1)]
+    slopes += [2 ** (-4 * h / whole) for h in range(1, 2 * (num_heads - whole), 2)]
+    distance = np.abs(np.arange(queries)[:, None] + keys - queries - np.arange(keys))
+    bias = -np.array(slopes)[:, None, None] * distance
+    return Tensor(bias, **{"dtype": "float32", "requires_grad": False, **placement})
 
 
 # Normalisations

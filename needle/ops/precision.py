@@ -47,7 +47,7 @@ AS_GIVEN: tuple[type[Op], ...] = (
     act.Sigmoid, act.SiLU, act.GELU, act.ELU, act.LeakyReLU,
     # choice and movement
     re.Max, re.Min, po.MaxPool, po.FirstMax, po.AvgPool, re.ArgMax, re.ArgMin, ix.ArgSort,
-    ix.Gather, ix.ScatterAdd,
+    ix.Gather, ix.ScatterAdd, ix.IndexCopy, ix.Checked,
     mo.Reshape, mo.After, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip,
     mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, cv.Windows, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,

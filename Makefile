@@ -69,7 +69,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.train: pyproject.toml $(VENV)/.python
-	@$(PIP) install --editable '.[all]'
+	@$(PIP) install --editable '.[plot,data]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.python

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 import needle as ndl
-from needle import nn, ops, optim
+from needle import models, nn, ops, optim
 from needle.autograd import Tensor
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -75,6 +75,12 @@ def mlp_resnet() -> tuple[Step, Batch]:
     return trainer(model, optimizer), (floats(100, 784), labels(10, 100))
 
 
+def resnet9() -> tuple[Step, Batch]:
+    model = models.ResNet9()
+    optimizer = optim.Adam(model.parameters(), 1e-3, weight_decay=1e-3)
+    return trainer(model, optimizer), (floats(128, 3, 32, 32), labels(10, 128))
+
+
 class Attention(nn.Module):
     """Causal self-attention of several heads."""
 
@@ -133,8 +139,27 @@ def gpt_nano() -> tuple[Step, Batch]:
     return trainer(model, optim.AdamW(model.parameters(), 3e-4)), tokens
 
 
+class Logits(nn.Module):
+    """A model's first result."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[0]
+
+
+def lstm_lm() -> tuple[Step, Batch]:
+    vocabulary, steps, batch = 5000, 40, 16
+    model = Logits(models.LSTMLanguageModel(vocabulary, 100, 256))
+    tokens = labels(vocabulary, steps, batch), labels(vocabulary, steps * batch)
+    return trainer(model, optim.Adam(model.parameters(), 1e-3)), tokens
+
+
 WORKLOADS = {
-    "mlp_tiny": mlp_tiny, "mlp_resnet": mlp_resnet, "mlp_wide": mlp_wide, "gpt_nano": gpt_nano,
+    "mlp_tiny": mlp_tiny, "mlp_resnet": mlp_resnet, "mlp_wide": mlp_wide, "resnet9": resnet9,
+    "lstm_lm": lstm_lm,
+    "gpt_nano": gpt_nano,
 }  # fmt: skip
 
 

@@ -28,10 +28,12 @@ from needle.init import ones, ones_like, permutation, rand, randint, randn, seed
 from needle.interchange import from_dlpack, from_numpy
 from needle.ops import *  # noqa: F403 - the functions of ops are the package's functions
 from needle.ops.contract import get_matmul_precision, set_matmul_precision
-from needle import data, debug, nn, optim
+from needle import nn  # before capture, which reads Modules: recurrent layers trace
+from needle import data, debug, optim
 from needle.compiler.runtime import get_num_threads, set_num_threads
 from needle.jit import jit
 from needle.recompute import checkpoint
+from needle.scan import scan
 from needle.transform import grad, hessian, hvp, jvp, value_and_grad, vjp
 # isort: on
 # fmt: on

@@ -154,6 +154,7 @@ class Op:
     # Needle's own: its `compute` runs without NumPy's warnings, and in float32 for low precision.
     is_builtin = False
     moves = False  # only moves elements, so that low precision needs no rounding
+    rounds_itself = False  # `compute` is made of ops, each of which rounds
     item: int | None = None  # of an op that takes one item of a TensorTuple: which
     sees_missing = False  # of an op with several results: whether items without gradient are None
     plans: dict[Any, Plan]  # of needle's own ops: by the forms of the operands
@@ -540,6 +541,7 @@ class Tensor(Value):
     """
 
     __slots__ = ()
+    by_rows = False  # of a table: whether a step changes only the rows that its gradient has
     __array_ufunc__ = None  # NumPy's operators leave `array + tensor` to Tensor.__radd__
 
     cached_data: NDArray

@@ -147,8 +147,8 @@ def test_a_terminal_shows_a_live_bar(needle: Needle, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["mlp"], ["model: expected one of mlp_resnet; received 'mlp'"]),
-        (["--data", "cifar"], ["data: expected one of digits, mnist, fashion_mnist; received"]),
+        (["mlp"], ["model: expected one of mlp_resnet, resnet9, lstm, gpt; received 'mlp'"]),
+        (["--data", "cifar"], ["data: expected one of digits, mnist, fashion_mnist, cifar10,"]),
         (["--epochs", "0"], ["epochs: expected an integer from 1"]),
         (["--batch-size", "-1"], ["batch_size: expected an integer from 1"]),
         (["--lr", "nan"], ["lr: expected a number of at least 1e-12", "received nan"]),

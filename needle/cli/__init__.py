@@ -1,3 +1,3 @@
-"""The command `needle`: train, eval, predict, info, cache."""
+"""The command `needle`: train, eval, predict, generate, info, cache."""
 
 from needle.cli.commands import main

@@ -10,7 +10,9 @@ import platform
 import re
 import shlex
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,8 @@ Text = str | None
 Integer = int | None
 Number = float | None
 Flag = bool | None
+
+FORMATS = {"loss": ".4f", "accuracy": ".2%", "perplexity": ".2f", "bits_per_character": ".3f"}
 
 
 def sentence(error: BaseException) -> str:
@@ -64,7 +68,7 @@ def show_info() -> None:
     devices = [
         f"{each}{'' if each.enabled() else ' (not usable)'}" for each in needle.all_devices()
     ]
-    extras = [name for name in ("matplotlib", "PIL", "pooch") if find_spec(name)]
+    extras = [name for name in ("matplotlib", "PIL", "pooch", "tokenizers") if find_spec(name)]
     flags = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NEEDLE_")]
     facts = {
         "needle": f"{needle.__version__} in {Path(needle.__file__).parent}",
@@ -127,12 +131,14 @@ def predict_image(
 ) -> None:
     """Classify a picture with a trained model.
 
-    The picture is made grey, inverted if its ground is light, cropped if it has wide margins, and
-    resized to the model's input.
+    For models of grey images it is made grey, inverted if its ground is light, cropped if it has
+    wide margins, and resized; for those of colour, resized and cut to the middle.
     """
     path, config = open_run(run, run_dir)
+    received = f"received {config.model} on {config.data}; see needle generate"
+    expect(config.data in TASKS, f"predict: expected a run that classifies images; {received}")
     model, task = train.load_model(path, config), TASKS[config.data]
-    picture = train.read_image(image, *task.shape[:2], task.span)
+    picture = train.read_image(image, task.shape, task.span)
     shares = train.class_probabilities(model, picture).tolist()
     best = shares.index(max(shares))
     console, table = make_console(), Table(show_header=False, box=None)
@@ -152,14 +158,25 @@ def evaluate_run(
     run_dir: Root = Path("runs"),
     data_dir: Annotated[Text, typer.Option(help="Where the data lies now.")] = None,
 ) -> None:
-    """Show loss, accuracy and confusion of a trained model on the test data."""
+    """Show what a trained model is worth on the test data.
+
+    Of images: loss, accuracy and confusion; of text: loss, accuracy of the next token, perplexity
+    and bits per character.
+    """
     path, config = open_run(run, run_dir, data_dir)
-    model, classes = train.load_model(path, config), TASKS[config.data].classes
-    found = train.evaluate(model, train.open_data(config, train=False), len(classes))
-    console, samples = make_console(), found.confusion.sum()
-    say(console, f"{path}: {config.model} on {config.data}", f"test loss      {found.loss:.4f}")
-    say(console, f"test accuracy  {found.accuracy:.2%} of {samples:,} samples")
-    console.print(confusion_table(classes, found.confusion.tolist()))
+    model, tokenizer = train.load_model(path, config), train.load_vocabulary(path, config)
+    samples = train.open_data(replace(config, eval_samples=0), train=False, tokenizer=tokenizer)
+    task, console = TASKS.get(config.data), make_console()
+    found = train.evaluate(model, samples, task and len(task.classes))
+    say(console, f"{path}: {config.model} on {config.data}")
+    counted = f" of {found.samples:,} {unit_of(config)}"
+    told = train.measures(samples, found.loss, found.accuracy)
+    width = max(map(len, told))
+    for name, value in told.items():
+        text = f"{value:{FORMATS[name]}}{counted if name == 'accuracy' else ''}"
+        say(console, f"test {name.replace('_', ' '):{width}}  {text}")
+    if task is not None and found.confusion is not None:
+        console.print(confusion_table(task.classes, found.confusion.tolist()))
 
 
 def confusion_table(classes: tuple[str, ...], confusion: list[list[int]]) -> Table:
@@ -175,6 +192,35 @@ def confusion_table(classes: tuple[str, ...], confusion: list[list[int]]) -> Tab
     return table
 
 
+# needle generate
+
+
+def generate_text(
+    run: RunName,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "\n",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=0)] = 500,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[Integer, option("Draw among so many tokens.")] = None,
+    top_p: Annotated[Number, option("Draw among the likeliest tokens of this share.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the draws.")] = 0,
+    run_dir: Root = Path("runs"),
+) -> None:
+    """Write text with a trained language model, token by token."""
+    path, config = open_run(run, run_dir)
+    tokenizer = train.load_vocabulary(path, config)
+    received = f"received {config.model} on {config.data}; see needle predict"
+    if tokenizer is None:
+        raise ValueError(f"generate: expected a run on text; {received}")
+    model = train.load_model(path, config)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"block_size": config.block_size, "seed": seed}
+    pieces = train.write_text(model, tokenizer, prompt, max_tokens, **options)
+    for text in chain([prompt], pieces):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
 # needle train, with a live bar on a terminal, and everywhere with a line per epoch
 
 
@@ -188,20 +234,44 @@ def one_of(name: str) -> str:
     return str(TrainConfig.__dataclass_fields__[name].metadata["expected"]).capitalize() + "."
 
 
+def unit_of(config: TrainConfig) -> str:
+    """What a loss is a mean over."""
+    return "tokens" if config.data == "text" else "samples"
+
+
+DATA_DIR = "fetched, or Python's own sources"
+AS_MODEL = "as the model's"
+
+
 def train_model(
     model: Annotated[Text, typer.Argument(help=one_of("model"), show_default="mlp_resnet")] = None,
-    data: Annotated[Text, option(one_of("data"), "digits")] = None,
-    data_dir: Annotated[Text, option("Folder of the data; without it, fetch the data.")] = None,
+    data: Annotated[Text, option(one_of("data"), "digits; of language models text")] = None,
+    data_dir: Annotated[Text, option("Folder of the data, or file of text.", DATA_DIR)] = None,
+    tokenizer: Annotated[Text, option("char, byte or a path of a tokenizer.json.", "char")] = None,
     epochs: Annotated[Integer, option("Passes over the data.")] = None,
+    max_steps: Annotated[Integer, option("Steps of the run, in place of epochs.")] = None,
+    eval_every: Annotated[Integer, option("Steps between evaluations.", "an epoch")] = None,
+    eval_samples: Annotated[Integer, option("Windows of text that test; 0: all.")] = None,
     batch_size: Annotated[Integer, option("Samples per step.")] = None,
     lr: Annotated[Number, option("Learning rate.")] = None,
     optimizer: Annotated[Text, option(one_of("optimizer"))] = None,
     weight_decay: Annotated[Number, option("L2 regularisation; adamw: decoupled.")] = None,
+    decay_vectors: Annotated[Flag, option("Decay biases and norms, too.", AS_MODEL)] = None,
     momentum: Annotated[Number, option("Of the optimizer sgd.")] = None,
+    beta1: Annotated[Number, option("Of adam and adamw: of the mean.")] = None,
+    beta2: Annotated[Number, option("Of adam and adamw: of the mean square.")] = None,
+    max_norm: Annotated[Number, option("Limit of all gradients' norm; 0: none.")] = None,
     schedule: Annotated[Text, option(one_of("schedule"))] = None,
+    min_lr: Annotated[Number, option("Where the schedule cosine ends.")] = None,
+    warmup_steps: Annotated[Integer, option("With which the schedule cosine begins.")] = None,
     hidden_dim: Annotated[Integer, option("Width of the model.")] = None,
-    num_blocks: Annotated[Integer, option("Residual blocks of the model.")] = None,
+    num_blocks: Annotated[
+        Integer, typer.Option("--num-blocks", "--num-layers", help="Blocks or layers of the model.")
+    ] = None,
+    num_heads: Annotated[Integer, option("Attention heads of gpt.")] = None,
+    block_size: Annotated[Integer, option("Context: tokens in a window of text.")] = None,
     dropout: Annotated[Number, option("Share of activations that dropout turns off.")] = None,
+    bias: Annotated[Flag, option("Whether layers of gpt have a bias.", AS_MODEL)] = None,
     seed: Annotated[Integer, option("Decides weights, order and dropout.")] = None,
     device: Annotated[Text, option(one_of("device"))] = None,
     checkpoint_every: Annotated[Integer, option("Steps between checkpoints.")] = None,
@@ -211,7 +281,7 @@ def train_model(
     resume: Annotated[Text, option("Go on with a run: its folder, or its name.")] = None,
     run_dir: Root = Path("runs"),
 ) -> None:
-    """Train a model. What is not given follows from the data set."""
+    """Train a model. What is not given follows from the model and the data set."""
     given = {key: value for key, value in locals().items() if value is not None}
     del given["run_dir"]
     if resume is None:
@@ -224,7 +294,9 @@ def train_model(
         trainer = Trainer.resume(resume, run_dir, data_dir)
     console = make_console()
     if trainer.progress.finished:
-        say(console, f"{trainer.path} is finished: {trainer.config.epochs} epochs")
+        steps, epochs = trainer.config.max_steps, trainer.config.epochs
+        done = f"{steps} steps" if steps else f"{epochs} epochs"
+        say(console, f"{trainer.path} is finished: {done}")
     else:
         train_on(console, trainer)
 
@@ -235,11 +307,15 @@ def train_on(console: Console, trainer: Trainer) -> None:
     again = f"go on with: needle train --resume {shlex.quote(str(path))}"
     size = sum(parameter.size for parameter in trainer.model.parameters())
     say(console, f"{config.model} with {size:,} parameters on {config.data}, {config.device}")
+    if trainer.tokenizer is not None:
+        parts = " and ".join(f"{len(data.tokens):,}" for data in (trainer.data, trainer.test_data))
+        kind = f"a vocabulary of {config.vocab_size:,}"
+        say(console, f"{parts} tokens to train and test with, {kind}")
     say(console, f"{path}, from {trainer.progress}")
     try:
         with make_bar(console) as bar:
             bar.add_task("")
-            trainer.fit(lambda progress: show(bar, progress, trainer.compile_seconds))
+            trainer.fit(lambda progress: show(bar, progress, trainer))
     except KeyboardInterrupt as error:
         kept = trainer.progress if isinstance(error, train.Interrupted) else "the last checkpoint"
         print(f"needle: interrupted; {kept} is saved; {again}", file=sys.stderr)
@@ -251,6 +327,8 @@ def train_on(console: Console, trainer: Trainer) -> None:
     except (ImportError, OSError) as error:
         say(console, f"no curves.png: {sentence(error)}")
     say(console, f"next: needle eval {shlex.quote(str(path))}")
+    if config.data == "text":
+        say(console, f"      needle generate {shlex.quote(str(path))}")
 
 
 def make_bar(console: Console) -> bars.Progress:
@@ -263,23 +341,39 @@ def make_bar(console: Console) -> bars.Progress:
     return bars.Progress(*columns, console=console, transient=True, disable=disable)
 
 
-def show(bar: bars.Progress, progress: Progress, compile_seconds: float | None) -> None:
-    """Show a step on the bar, and the end of an epoch as a line; at first, what compiling took."""
-    now, epochs, record = progress, progress.epochs, progress.record
-    if compile_seconds is not None and not bar.tasks[0].fields.get("told"):
+def show(bar: bars.Progress, progress: Progress, trainer: Trainer) -> None:
+    """Show a step on the bar, and an evaluation as a line; at first, what compiling took."""
+    seconds, config = trainer.compile_seconds, trainer.config
+    if seconds is not None and not bar.tasks[0].fields.get("told"):
         bar.update(bar.task_ids[0], told=True)
-        say(bar.console, f"training step traced, compiled and run in {compile_seconds:.2f} s")
-    if record is None:
-        state = f"epoch {now.epoch}/{epochs}  loss {now.loss:.4f}  accuracy {now.accuracy:.1%}"
-        state += f"  {now.samples_per_second:,.0f} samples/s"
-        total = epochs * now.steps_per_epoch
-        bar.update(bar.task_ids[0], completed=now.step, total=total, description=state)
-        return
-    line = f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}"
-    for name, key in (("", "train"), ("test ", "test")):
-        loss, accuracy = record[f"{key}_loss"], record[f"{key}_accuracy"]
-        line += f"  {name}loss {loss:.4f}  {name}accuracy {accuracy:7.2%}"
-    say(bar.console, f"{line}  {record['samples_per_second']:7,.0f} samples/s")
+        say(bar.console, f"training step traced, compiled and run in {seconds:.2f} s")
+    if config.eval_every:
+        place = f"step {progress.step:{len(str(progress.steps))}}/{progress.steps}"
+    else:
+        place = f"epoch {progress.epoch:{len(str(progress.epochs))}}/{progress.epochs}"
+    speed = f"{progress.samples_per_second:7,.0f} {unit_of(config)}/s"
+    if progress.record is None:
+        state = f"{place}  loss {progress.loss:.4f}  accuracy {progress.accuracy:.1%}"
+        state += f"  {speed.strip()}"
+        bar.update(
+            bar.task_ids[0], completed=progress.step, total=progress.steps, description=state
+        )
+    else:
+        say(bar.console, f"{place}{told_by(progress.record, config)}  {speed}")
+
+
+def told_by(record: dict[str, Any], config: TrainConfig) -> str:
+    """The numbers of an evaluation's line."""
+    shown = ["train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+    if config.data == "text":
+        shown = ["train_loss", "test_loss", "test_perplexity", "test_bits_per_character"]
+    line = ""
+    for key in shown:
+        part, name = key.split("_", 1)
+        width = 7 if name == "accuracy" else ""
+        text = f"{name.replace('_', ' ')} {record[key]:{width}{FORMATS[name]}}"
+        line += f"  {'test ' if part == 'test' else ''}{text}"
+    return line
 
 
 # All of them
@@ -292,6 +386,7 @@ app = typer.Typer(
 app.command("train")(train_model)
 app.command("eval")(evaluate_run)
 app.command("predict")(predict_image)
+app.command("generate")(generate_text)
 app.command("cache")(show_cache)
 app.command("info")(show_info)
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import ceil, prod
 from typing import Any
@@ -45,7 +45,7 @@ from needle.compiler import (
 )
 from needle.compiler.fuse import Fuser
 from needle.compiler.graph import Builder, Constant, Graph, Input, Node
-from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall
+from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall, Repeat
 from needle.compiler.lower import LOWERED
 from needle.compiler.schedule import Plan, Schedule
 from needle.compiler.target import vector_bits
@@ -72,14 +72,15 @@ def lower(
     source: Graph,
     donated: Mapping[int, int] | None = None,
     strides: Mapping[Node, Sequence[int]] | None = None,
+    checks: list[tuple[str, int]] | None = None,
 ) -> Lowered:
     """All passes over a graph. donated: output -> input whose memory it may take; strides: those of
-    inputs that are not compact."""
+    inputs that are not compact; checks: of the program around, for the body of a loop."""
     source = with_own_outputs(source)
     graph.verify(source)
-    fuser = Fuser(source)
+    fuser = Fuser(source, strides or {})
     fuser.run()
-    built, layout = nests.build(fuser, strides or {})
+    built, layout = nests.build(fuser, strides or {}, lower, [] if checks is None else checks)
     for nest in built:
         loops.verify(nest)
     outputs = [layout.buffer(node) for node in source.outputs]
@@ -116,8 +117,12 @@ class Launch:
     grain: int
     work: int  # in WORTHs
     scratch: int
-    kernel: int  # the number of barriers before it
+    kernel: int  # the number of the kernel that it belongs to
+    nest: int  # of the nest, among all
+    step: int  # how many barriers come before it
     checks: bool
+    turns: int = 0  # of a loop, which `values[0]` launches before this one begin
+    moves: list[tuple[int, int, int, bool]] = field(default_factory=list)  # runtime.Move
 
 
 @dataclass
@@ -147,7 +152,7 @@ class Recipe:
 def structure(nest: AnyNest) -> Any:
     if isinstance(nest, Contraction):
         return contract.structure(nest)
-    assert not isinstance(nest, HostCall)
+    assert not isinstance(nest, (HostCall, Repeat))
     return emit.structure(nest)
 
 
@@ -168,15 +173,22 @@ class Recipes:
         self.places: dict[Buffer, tuple[str, int, int]] = {}
         self.cores: list[tuple[str, int, bool, bool]] = []
         self.tables: list[tuple[Any, int]] = []
+        self.launches: list[Launch] = []
+        self.step = 0
+        self.moving: dict[Buffer, list[tuple[Repeat, int, bool]]] = {}
+        self.moves: dict[Repeat, list[tuple[int, int, int, bool]]] = {}
         count = len(lowered.graph.inputs)
         for place, buffer in enumerate(lowered.outputs):
             self.places.setdefault(buffer, ("external", count + place, 0))
         self.arena = count + len(lowered.outputs)
 
     def make(self) -> Recipe:
-        lowered, launches = self.lowered, []
+        lowered, number = self.lowered, 0
         for place, kernel in enumerate(lowered.schedule.kernels):
-            launches += [self.launch(nest, place) for nest in kernel]
+            for nest in kernel:
+                self.add(nest, place, number)
+                number += 1
+            self.step += 1
         outputs = [(list(node.shape), str(node.spec.dtype)) for node in lowered.graph.outputs]
         found = lowered.schedule.in_place
         inputs = {lowered.layout.buffer(x): n for n, x in enumerate(lowered.graph.inputs)}
@@ -187,25 +199,60 @@ class Recipes:
         }
         count = len(lowered.graph.inputs)
         return Recipe(
-            launches, count, outputs, in_place, lowered.plan.size, lowered.layout.checks,
+            self.launches, count, outputs, in_place, lowered.plan.size, lowered.layout.checks,
             self.cores, self.tables,
         )  # fmt: skip
 
-    def launch(self, nest: AnyNest, kernel: int) -> Launch:
+    def add(self, nest: AnyNest, kernel: int, number: int) -> None:
+        """The launches of a nest: one, or those of a loop and one that ends it."""
+        if isinstance(nest, Repeat):
+            self.add_loop(nest, kernel, number)
+            return
+        place = kernel, number, self.step
         if isinstance(nest, HostCall):
             self.hosts.append(nest)
-            buffers = [x for x, _ in (*nest.inputs, *nest.outputs)]
+            buffers: Sequence[Any] = [x for x, _ in (*nest.inputs, *nest.outputs)]
             slots = [self.slot(x) for x in buffers]
-            return Launch("host", slots, [len(self.hosts) - 1], 1, 1, 0, 0, kernel, True)
-        found = structure(nest)
-        self.texts[found.key] = text_of(nest)
-        slots = [self.slot(buffer) for buffer in found.buffers]
-        grain = max(1, ceil(WORTH / max(found.cost, 0.001)))
-        work = int(found.units * found.cost / WORTH)
-        checks = schedule.has_checks(nest)
-        return Launch(
-            found.key, slots, list(found.values), found.units, grain, work, found.scratch, kernel,
-            checks,
+            made = Launch("host", slots, [len(self.hosts) - 1], 1, 1, 0, 0, *place, True)
+        else:
+            found = structure(nest)
+            self.texts[found.key] = text_of(nest)
+            buffers = found.buffers
+            slots = [self.slot(buffer) for buffer in buffers]
+            grain = max(1, ceil(WORTH / max(found.cost, 0.001)))
+            work = int(found.units * found.cost / WORTH)
+            checks = schedule.has_checks(nest)
+            made = Launch(
+                found.key, slots, list(found.values), found.units, grain, work, found.scratch,
+                *place, checks,
+            )  # fmt: skip
+        for slot, buffer in enumerate(buffers):
+            for loop, stride, flips in self.moving.get(buffer, ()):
+                self.moves[loop].append((len(self.launches), slot, stride, flips))
+        self.launches.append(made)
+
+    def add_loop(self, nest: Repeat, kernel: int, number: int) -> None:
+        for inner, move in nest.moves.items():
+            kind, source, offset = self.slot(move.buffer)
+            size = inner.dtype.itemsize
+            self.places[inner] = kind, source, offset + move.offset * size
+            self.moving[inner] = list(self.moving.get(move.buffer, ()))
+            if move.step:
+                self.moving[inner].append((nest, move.step * size, move.flips))
+        if nest.offsets:
+            kind, source, offset = self.slot(nest.scratch)
+            for inner, start in nest.offsets.items():
+                self.places[inner] = kind, source, offset + start
+        first, self.moves[nest] = len(self.launches), []
+        for each in nest.kernels:
+            for inner_nest in each:
+                self.add(inner_nest, kernel, number)
+            self.step += 1
+        last = len(self.launches)
+        moves = [(last - place, *rest) for place, *rest in self.moves[nest]]
+        self.launches.append(
+            Launch("loop", [], [last - first], 1, 1, 0, 0, kernel, number, self.step, False,
+                   nest.turns, moves)
         )  # fmt: skip
 
     def slot(self, buffer: Buffer | contract.Core | contract.Table) -> tuple[str, int, int]:
@@ -237,7 +284,7 @@ def number_in(listed: list[Any], item: Any) -> int:
 
 def constants_of(source: Graph) -> list[Constant]:
     """The constants of a graph, in an order that the graph decides."""
-    return [node.op for node in source.nodes if isinstance(node.op, Constant)]
+    return [node.op for node in graph.nodes_of(source) if isinstance(node.op, Constant)]
 
 
 # Programs
@@ -275,7 +322,8 @@ class Program:
         ]
         kernels = {each.key: texts.get(each.key, missing) for each in recipe.launches}
         kernels |= {core.key: core.emit for core in cores}
-        kernels.pop("host", None)
+        for each in ("host", "loop"):
+            kernels.pop(each, None)
         self.addresses = dict(zip(kernels, engine.kernels(list(kernels.items())), strict=True))
         self.cores = [self.addresses[core.key] for core in cores]
         self.tables = [contract.Table(*each).bytes for each in recipe.tables]
@@ -287,11 +335,15 @@ class Program:
         if each.key == "host":
             host = self.hosts[each.values[0]]
             slots = [self.slot(*slot) for slot in each.slots]
-            return runtime.Launch(host.run, slots, 1, 1, 0, each.kernel, True)
+            return runtime.Launch(host.run, slots, 1, 1, 0, each.step, True)
+        if each.key == "loop":
+            moves = [runtime.Move(*move) for move in each.moves]
+            loop = runtime.Loop(each.values[0], each.turns, moves)
+            return runtime.Launch(loop, [], step=each.step)
         slots = [*(self.slot(*slot) for slot in each.slots), *each.values]
         address, grain = self.addresses[each.key], each.grain
         return runtime.Launch(
-            address, slots, each.units, grain, each.scratch, each.kernel, each.checks, each.work
+            address, slots, each.units, grain, each.scratch, each.step, each.checks, each.work
         )
 
     def slot(self, kind: str, number: int, offset: int) -> Any:
@@ -339,7 +391,7 @@ class Program:
         """NAN where the program has a NaN, or adds or multiplies by an infinite number: neither
         raises an exception."""
         arrays = [x for x in self.constants if x.dtype in FLOATS]
-        numbers = [getattr(node.op, "scalar", 0) for node in self.source.nodes]
+        numbers = [getattr(node.op, "scalar", 0) for node in graph.nodes_of(self.source)]
         odd = any(np.isnan(x).any() for x in arrays) or not np.isfinite(numbers).all()
         return runtime.NAN if odd else 0
 
@@ -353,8 +405,8 @@ class Program:
         return [empty(form) if x is None else x for x, form in zip(found, self.forms, strict=True)]
 
     def refuse(self, number: int, index: int) -> None:
-        name, size = self.recipe.checks[number]
-        raise IndexError(f"{name}: expected indices below {size}; received {index}")
+        text, shift = self.recipe.checks[number]
+        raise IndexError(f"{text}; received {index + shift if index < 0 else index}")
 
 
 UINT8: DType = np.dtype(np.uint8)
@@ -399,9 +451,8 @@ def fingerprint(source: Graph, donated: Mapping[int, int]) -> str:
     settings = len(source.inputs), sorted(donated.items()), vector_bits(), sorted(OFF)
     parts = [str(source), repr(settings)]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for node in source.nodes:
-        if isinstance(node.op, Constant):
-            digest.update(np.ascontiguousarray(node.op.array).tobytes())
+    for op in constants_of(source):
+        digest.update(np.ascontiguousarray(op.array).tobytes())
     return digest.hexdigest()
 
 
@@ -419,7 +470,7 @@ def build(
     source = graph.trace(inputs, outputs, places)
     donated = donated or {}
     key = fingerprint(source, donated)
-    own = [x for x in source.nodes if isinstance(x.op, Op) and not x.op.is_builtin]
+    own = [x for x in graph.nodes_of(source) if isinstance(x.op, Op) and not x.op.is_builtin]
     kept = None if own else cache.get("program", key)
     if kept is not None:
         try:
@@ -469,7 +520,8 @@ def eager_plan(op: Op, forms: Sequence[Form]) -> Program | None:
     found = graph.apply(builder, op, nodes, None)
     outputs = list(found) if isinstance(found, tuple) else [found]
     source = Graph(nodes, outputs)
-    if not all(node.is_leaf or type(node.op) in LOWERED for node in source.nodes):
+    loops = (graph.Repeat, graph.Item)
+    if not all(x.is_leaf or type(x.op) in LOWERED or isinstance(x.op, loops) for x in source.nodes):
         return None
     strides = {
         node: form.strides for node, form in zip(nodes, forms, strict=True) if not form.is_compact

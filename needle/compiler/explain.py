@@ -13,7 +13,7 @@ machine can do: see Times.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 from math import prod
 from statistics import median
 from time import perf_counter
@@ -25,13 +25,14 @@ from needle.array.ndarray import NDArray, empty
 from needle.compiler import compile as passes
 from needle.compiler import engine, limits, runtime
 from needle.compiler.compile import format_bytes
-from needle.compiler.graph import Input, Node
+from needle.compiler.graph import Input, Node, nodes_of
 from needle.compiler.loops import (
     ARITHMETIC,
     AnyNest,
     Buffer,
     Contraction,
     HostCall,
+    Repeat,
     Scatter,
     show,
 )  # fmt: skip
@@ -68,7 +69,8 @@ def explain(
 
 def show_stage(lowered: passes.Lowered, kernel: int, level: str) -> str:
     parts = [f"kernel {kernel}"]
-    for nest in lowered.schedule.kernels[kernel]:
+    nests = lowered.schedule.kernels[kernel]
+    for nest in nests if level == "loops" else innermost(nests):
         if level == "loops" or isinstance(nest, HostCall):
             parts.append(show(nest))
         else:
@@ -77,13 +79,19 @@ def show_stage(lowered: passes.Lowered, kernel: int, level: str) -> str:
     return "\n".join(parts)
 
 
+def innermost(nests: Iterable[AnyNest]) -> Iterator[AnyNest]:
+    """The nests, and in place of a loop those of its body."""
+    for nest in nests:
+        yield from innermost(nest.nests) if isinstance(nest, Repeat) else [nest]
+
+
 def summary(
     program: passes.Program, lowered: passes.Lowered, chosen: Iterable[int], times: Times | None
 ) -> Iterator[str]:
     kernels = lowered.schedule.kernels
     nests = sum(map(len, kernels))
-    ops = sum(not node.is_leaf for node in lowered.graph.nodes)
-    codes = len({each.key for each in program.recipe.launches})
+    ops = sum(not node.is_leaf for node in nodes_of(lowered.graph))
+    codes = len({each.key for each in program.recipe.launches} - {"loop"})
     found = "from the disk cache" if program.lowered is None else "compiled now"
     yield (
         f"program: {number_of(ops, 'op')} in {number_of(len(kernels), 'kernel')}, "
@@ -94,13 +102,16 @@ def summary(
         first = sum(map(len, kernels[:number]))
         for place, nest in enumerate(kernels[number], first):
             yield from describe_nest(nest, times.of_nest(place, nest) if times else "")
+            if isinstance(nest, Repeat):
+                yield from describe_body(nest, times.of_rows(place) if times else repeat(""))
     if times:
         yield times.total()
     yield from describe_memory(lowered)
     refusals = dict.fromkeys(each for group in lowered.fuser.groups for each in group.refusals)
     for each in refusals:
         yield f"not fused: {each}"
-    hosts = [nest.op for kernel in kernels for nest in kernel if isinstance(nest, HostCall)]
+    found_nests = innermost(nest for kernel in kernels for nest in kernel)
+    hosts = [nest.op for nest in found_nests if isinstance(nest, HostCall)]
     yield f"host calls: {', '.join(map(str, hosts)) or 'none'}"
 
 
@@ -115,11 +126,18 @@ class Times:
         arrays = [NDArray(x) for _, x in sorted({**given, **ones}.items())]
         arrays += [empty(each) for each in (*program.forms, program.memory) if each is not None]
         rows = [program.launch(each) for each in program.recipe.launches]
-        kernels = [list(group) for _, group in groupby(rows, lambda row: row.step)]
-        parts = [[rows], kernels, [[row] for row in rows]]
+        launches = program.recipe.launches
+        pairs = list(zip(launches, rows, strict=True))
+        kernels, nests = (
+            [[row for _, row in group] for _, group in groupby(pairs, key)]
+            for key in (lambda pair: pair[0].kernel, lambda pair: pair[0].nest)
+        )
+        self.owners = [each.nest for each in launches if each.key != "loop"]
+        single = [[row] for each, row in pairs if each.key != "loop"]
         self.threads = runtime.get_num_threads()
+        parts = [[rows], kernels, nests, single]
         found = [timed(part, [x.ptr for x in arrays]) for part in parts]
-        (self.whole,), self.kernels, self.nests = found
+        (self.whole,), self.kernels, self.nests, self.rows = found
 
     def of_kernel(self, number: int) -> str:
         time = self.kernels[number]
@@ -136,6 +154,11 @@ class Times:
         )
         share, limit = max(shares)
         return f", {format_time(self.nests[place])}, {share:.0%} of {limit}"
+
+    def of_rows(self, place: int) -> Iterator[str]:
+        """The times of a loop's launches, each once."""
+        pairs = zip(self.owners, self.rows, strict=True)
+        return iter([f", {format_time(time)}" for owner, time in pairs if owner == place])
 
     def total(self) -> str:
         peak = limits.peak(np.dtype(np.float32), self.threads) / 1e9
@@ -168,13 +191,24 @@ def describe_nest(nest: AnyNest, time: str = "") -> Iterator[str]:
     """Ops and where they were written, sizes, parallel units, bytes and flops."""
     read, written = (sum(map(nbytes, each)) for each in (nest.reads(), nest.writes()))
     size = f"{format_bytes(read)} read, {format_bytes(written)} written"
-    units = "" if isinstance(nest, HostCall) else ", " + units_of(nest)
+    units = "" if isinstance(nest, (HostCall, Repeat)) else ", " + units_of(nest)
     yield f"  {kind_of(nest)}{units}, {size}, {flops(nest):,} flops{time}"
     names = [node.name for node in nest.ops if isinstance(node, Node)]
     yield f"    {', '.join(names)}"
     places = dict.fromkeys(node.place for node in nest.ops if isinstance(node, Node) and node.place)
     for place in places:
         yield f"    {place}"
+
+
+def describe_body(nest: Repeat, times: Iterator[str]) -> Iterator[str]:
+    """What a turn of a loop does; times: of its nests."""
+    for number, kernel in enumerate(nest.kernels):
+        yield f"    kernel {number} of a turn"
+        for each in kernel:
+            is_loop = isinstance(each, Repeat)
+            lines = list(describe_nest(each, "" if is_loop else next(times)))
+            lines += describe_body(each, times) if isinstance(each, Repeat) else []
+            yield from (f"    {line}" for line in lines)
 
 
 def units_of(nest: AnyNest) -> str:
@@ -189,6 +223,8 @@ def kind_of(nest: AnyNest) -> str:
         return f"scatter {nest.places} places to {nest.rows} rows"
     if isinstance(nest, HostCall):
         return f"host call {nest.op}"
+    if isinstance(nest, Repeat):
+        return f"loop of {number_of(nest.turns, 'turn')}"
     outer = " x ".join(map(str, nest.outer)) or "1"
     return f"{nest.order} {outer}, loop {nest.inner}"
 
@@ -198,9 +234,11 @@ def flops(nest: AnyNest) -> int:
     if isinstance(nest, Contraction):
         return 2 * prod(nest.batch) * nest.m * nest.n * nest.k + flops(nest.epilogue)
     if isinstance(nest, Scatter):
-        return nest.lead * nest.places * nest.trail
+        return nest.lead * nest.places * nest.trail if nest.base is None else 0
     if isinstance(nest, HostCall):
         return 0
+    if isinstance(nest, Repeat):
+        return nest.turns * sum(map(flops, nest.nests))
     points = prod(nest.outer) * nest.inner
     return points * sum(is_flop(each) for each in nest.expressions())
 

@@ -17,7 +17,7 @@ partial one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -25,12 +25,12 @@ from typing import Any, cast
 import needle.ops as ops
 from needle.array.spec import as_axes
 from needle.compiler import OFF
-from needle.compiler.graph import Graph, Item, Node
+from needle.compiler.graph import Graph, Item, Node, Repeat
 from needle.compiler.index import Index, coordinate, delinearize, digits, fixed, linearize
 from needle.compiler.loops import COLUMNS, ROWS, Digits, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
-from needle.ops.elementwise import Comparison
-from needle.ops.index import Gather, ScatterAdd
+from needle.ops.elementwise import Comparison, Subtract
+from needle.ops.index import Checked, Gather, IndexCopy, ScatterAdd
 from needle.ops.movement import After
 from needle.ops.order import split_axes
 from needle.ops.reduce import CumSum
@@ -40,7 +40,10 @@ MOST_INLINED = 48
 FEW_OPS = 8  # behind a truth value that is computed again rather than stored
 LIGHT = 2  # operations behind any other value that several nodes compute again
 FEW_PARTS = 4  # a concatenation of more is written part by part
+SHARED = 16  # elements that read one and the same
 CHEAP = (Comparison, ops.Cast, ops.LogicalNot, ops.StopGradient, ops.Negate, ops.MulScalar)
+MOVES = (ops.Pad, ops.Reshape, ops.Permute)
+SHIFTS = (Subtract, ops.EWiseAdd, ops.EWiseMul)
 
 Indices = tuple[Index, ...]
 
@@ -63,7 +66,7 @@ class Group:
     """
 
     number: int
-    kind: str  # loop, contraction, scatter or host
+    kind: str  # loop, contraction, scatter, repeat or host
     shape: tuple[int, ...]
     index: dict[Node, Indices] = field(default_factory=dict)
     inner: tuple[int, ...] | None = None
@@ -93,18 +96,24 @@ def coordinates(count: int) -> Indices:
     return tuple(coordinate(axis) for axis in range(count))
 
 
+def is_spread(x: Node) -> bool:
+    return type(x.op) is ops.BroadcastTo and prod(x.inputs[0].shape) * SHARED <= prod(x.shape)
+
+
 def is_elementwise(node: Node) -> bool:
-    return type(node.op) in ELEMENTWISE or type(node.op) in (ops.Cast, Piece)
+    return type(node.op) in ELEMENTWISE or type(node.op) in (ops.Cast, Piece, Checked)
 
 
 class Fuser:
     """The state of the pass: groups so far, and in which one a node is placed."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, strided: Collection[Node] = ()) -> None:
         self.graph = graph
+        self.strided = strided  # inputs that are not compact
         self.groups: list[Group] = []
         self.group_of: dict[Node, Group] = {}
         self.pieces: dict[Node, list[Node]] = {}  # of concatenations that are written in parts
+        self.items: dict[Node, list[Node]] = {}  # of loops
         self.users: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
         self.weight: dict[Node, int] = {}
         self.outputs = set(graph.outputs)
@@ -127,7 +136,7 @@ class Fuser:
             self.place_contraction(node)
         elif kind is CumSum:
             self.place_scan(node)
-        elif kind is ScatterAdd:
+        elif kind in (ScatterAdd, IndexCopy):
             self.place_scatter(node)
         elif kind is Gather:
             self.ground(node.inputs[0])
@@ -138,15 +147,18 @@ class Fuser:
             self.inline_or_place(node)
         elif kind in INLINED:
             self.weigh(node, 0)
-        elif not node.is_leaf:
+        elif kind is Repeat:
+            self.place_repeat(node)
+        elif not node.is_leaf and node not in self.group_of:
             self.place_host(node)
 
     # Inlined or placed
 
     def inline_or_place(self, node: Node) -> None:
         self.weigh(node, 1)
-        if not self.is_inlined(node):
-            self.place(node)
+        if self.is_inlined(node) or (self.may_repeat(node) and not self.join_any(node)):
+            return
+        self.place(node)
 
     def weigh(self, node: Node, own: int) -> None:
         """Note how many operations stand between a node and memory."""
@@ -165,18 +177,35 @@ class Fuser:
         widens = type(users[0].op) is ops.BroadcastTo and prod(users[0].shape) > prod(node.shape)
         return light or not widens
 
+    def may_repeat(self, node: Node) -> bool:
+        """Whether computing an element again costs no more than keeping it.
+
+        It reads one input's, others being the same for many, as in x - mean; or all readers but
+        one, as relu's gradient, ask only for its sign.
+        """
+        if "fuse" in OFF or node in self.outputs:
+            return False
+        if isinstance(node.op, SHIFTS) and self.weight[node] <= LIGHT:
+            return sum(not is_spread(x) for x in node.inputs) == 1
+        users = [type(x.op) for x in self.users[node] if not isinstance(x.op, Comparison)]
+        return len(users) == 1 and users[0] in MOVES and self.weight[node] <= FEW_OPS
+
     def place(self, node: Node) -> None:
         """Give a node memory of its own or a group to stay in: a member of some group."""
         if node in self.group_of or node in self.pieces or node.is_leaf:
             return
         if type(node.op) in (ops.Concatenate, ops.Stack):
             self.place_parts(node)
-            return
-        for group in self.candidates(node):
-            for index in self.indices_in(group, node):
-                if self.join(group, node, index):
-                    return
-        self.join(self.begin("loop", node.shape), node, coordinates(len(node.shape)))
+        elif not self.join_any(node):
+            self.join(self.begin("loop", node.shape), node, coordinates(len(node.shape)))
+
+    def join_any(self, node: Node) -> bool:
+        """Place a node in the group of something that it reads, if one takes it in."""
+        return any(
+            self.join(group, node, index)
+            for group in self.candidates(node)
+            for index in self.indices_in(group, node)
+        )
 
     def begin(self, kind: str, shape: tuple[int, ...]) -> Group:
         group = Group(len(self.groups), kind, shape)
@@ -385,7 +414,7 @@ class Fuser:
         group = self.begin("contraction", node.shape)
         group.index[node] = coordinates(len(node.shape))
         self.group_of[node] = group
-        self.read(group, *self.below(node))
+        self.read(group, *self.below(node.inputs))
 
     def place_scan(self, node: Node) -> None:
         group = self.begin("loop", node.shape)
@@ -397,17 +426,23 @@ class Fuser:
         self.add(group, node, index, walk)
 
     def place_scatter(self, node: Node) -> None:
+        if type(node.op) is IndexCopy:
+            base, source, index = node.inputs
+            base = self.copy(base) if base in self.strided else base
+            for x in (base, index):
+                self.place(x)
+            node.inputs = base, source, index
         group = self.begin("scatter", ())
         for x in node.inputs:
             if type(x.op) in (ops.Concatenate, ops.Stack):
                 self.place(x)
         self.group_of[node] = group
-        self.read(group, *self.below(node))
+        self.read(group, *self.below(node.inputs))
 
     def place_host(self, node: Node) -> None:
         inputs = []
         for x in node.inputs:
-            copy = x if x in self.group_of else Node(ops.StopGradient(), (x,), x.spec, node.place)
+            copy = x if x in self.group_of else self.copy(x)
             self.place(copy)
             inputs.append(copy)
         node.inputs = tuple(inputs)
@@ -417,6 +452,36 @@ class Fuser:
             if isinstance(user.op, Item):
                 self.group_of[user] = group
         self.read(group, set(inputs), set())
+
+    def place_repeat(self, node: Node) -> None:
+        """What a carry begins with is written to its place among the carry's values by whoever
+        makes it; a y that nobody reads is not computed."""
+        known = {user.op.number: user for user in self.users[node]}
+        items = self.items[node] = [
+            known.get(n) or Node(Item(n), (node,), spec, node.place)
+            for n, spec in enumerate(node.spec)
+        ]
+        parts = []
+        for n, x in enumerate(node.inputs[: node.op.carries]):
+            ranges = ((node.op.ends(n)[0], 1), *((0, size) for size in x.shape))
+            parts.append(self.place_piece(Piece(items[n], ranges, 0), x, node))
+        rest = node.inputs[node.op.carries :]
+        for x in rest:
+            self.ground(x, views_only=True)
+        group = self.begin("repeat", ())
+        self.group_of[node] = group
+        self.group_of |= {x: group for n, x in enumerate(items) if n < len(parts) or n in known}
+        self.read(group, *self.below([*parts, *rest]))
+
+    def place_piece(self, op: Piece, x: Node, node: Node) -> Node:
+        part = Node(op, (x,), x.spec, node.place)
+        self.users[part] = []
+        self.place(part)
+        return part
+    def copy(self, x: Node) -> Node:
+        found = Node(ops.StopGradient(), (x,), x.spec, x.place)
+        self.users[found] = []
+        return found
 
     def place_parts(self, node: Node) -> None:
         """Every part of a concatenation is written to its place in the whole by whoever makes
@@ -428,10 +493,7 @@ class Fuser:
             ranges = [(0, n) for n in node.shape]
             ranges[axis] = (start, size)
             op = Piece(node, tuple(ranges), axis if stacks else None)
-            part = Node(op, (x,), x.spec, node.place)
-            self.users[part] = []
-            self.place(part)
-            parts.append(part)
+            parts.append(self.place_piece(op, x, node))
             start += size
         self.pieces[node] = parts
 
@@ -460,25 +522,26 @@ class Fuser:
 
     def is_affine(self, x: Node, node: Node, windows: bool) -> bool:
         """Whether the path of views from x down to a node's input has strides, or digits that
-        have."""
+        have, if that is compact."""
         index, sizes = coordinates(len(x.shape)), x.shape
         while True:
             number, index, _ = MOVEMENT[type(x.op)](
                 x.op, index, [each.shape for each in x.inputs], sizes
             )[0]
-            found = lay_of(index, sizes)
+            place = linearize(index, x.inputs[number].shape)
+            found = lay_of([place], sizes)
             if found is None or any(len(each) > 1 for each in found[: -2 if windows else None]):
                 return False
             if x is node:
                 return True
             x = x.inputs[number]
 
-    def below(self, node: Node) -> tuple[set[Node], set[Node], set[Node]]:
-        """(placed nodes and leaves, inlined nodes) that a node reads, and those it waits for."""
+    def below(self, nodes: Sequence[Node]) -> tuple[set[Node], set[Node], set[Node]]:
+        """Of what is read: (placed nodes and leaves, inlined nodes), and nodes to wait for."""
         placed: set[Node] = set()
         inlined: set[Node] = set()
         waits: set[Node] = set()
-        stack = list(node.inputs)
+        stack = list(nodes)
         while stack:
             x = stack.pop()
             if x in self.group_of or x in self.pieces or x.is_leaf:

@@ -2,6 +2,7 @@
 
     graph = Graph(inputs, outputs)
     node  = Node(op, inputs, spec)          op: a primitive, or a user's own
+          | Node(Repeat(body, ...), ...)    a loop, whose body is a graph; its results are Items
           | Node(Input(number), (), spec)   an argument of the program
           | Node(Constant(array), (), spec) an array that the trace baked in
 
@@ -12,7 +13,7 @@ node means is its op's `compute` (interpret, below).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from needle.dtype import LOW_PRECISION, float32
 from needle.ops.composite import CompositeMethods, placeholder, tracing
 from needle.ops.elementwise import AddScalar, Cast
 from needle.ops.movement import Reshape, Slice, Split
+from needle.ops.scan import Scan
 from needle.ops.tuples import FusedAddScalars, Together
 
 
@@ -50,6 +52,37 @@ class Item:
     """One result of an op with several."""
 
     number: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Repeat:
+    """`turns` turns of a body, from (carries, elements of xs, captured) to (carries, elements of
+    ys). Its items: the values of each carry, then ys. A carry whose values are kept has turns + 1
+    places, from where it begins to where it ends; any other has 2, used in turn, and ends in the
+    first one."""
+
+    body: Graph
+    carries: int
+    xs: int
+    turns: int
+    reverse: bool
+    keeps: tuple[bool, ...]  # whether a carry's values are kept
+
+    def ends(self, carry: int) -> tuple[int, int]:
+        """The place where a carry begins, and that where it ends."""
+        if not self.keeps[carry]:
+            return self.turns % 2, 0
+        return (self.turns, 0) if self.reverse else (0, self.turns)
+
+    @property
+    def places(self) -> range:
+        """Places along xs and ys, in the order of turns."""
+        return range(self.turns)[:: -1 if self.reverse else 1]
+
+    def __repr__(self) -> str:
+        body = str(self.body).replace("\n", "\n  ")
+        kind = f"{self.turns}, {self.carries}, {self.xs}, {self.reverse}, {self.keeps}"
+        return f"Repeat[{kind}]{{\n  {body}\n}}"
 
 
 class Node:
@@ -124,9 +157,17 @@ def sort(outputs: Iterable[Node]) -> list[Node]:
     return list(order)
 
 
+def nodes_of(graph: Graph) -> Iterator[Node]:
+    """All nodes, those in bodies of loops among them."""
+    for node in graph.nodes:
+        yield node
+        if isinstance(node.op, Repeat):
+            yield from nodes_of(node.op.body)
+
+
 def verify(graph: Graph) -> None:
     """AssertionError where a node's spec is not what its op infers: a fault of ours."""
-    for node in graph.nodes:
+    for node in nodes_of(graph):
         if isinstance(node.op, Op) and node.op.is_builtin:
             found = node.op.infer(*(x.spec for x in node.inputs))
             assert found == node.spec, f"{node}: {found} instead of {node.spec}"
@@ -142,9 +183,30 @@ def interpret(graph: Graph, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
             values[node] = node.op.array
         elif isinstance(node.op, Item):
             values[node] = values[node.inputs[0]][node.op.number]
+        elif isinstance(node.op, Repeat):
+            values[node] = interpret_loop(node, [values[x] for x in node.inputs])
         else:
             values[node] = compute(node.op, [values[x] for x in node.inputs], node.spec)
     return [values[node] for node in graph.outputs]
+
+
+def interpret_loop(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The items of a loop."""
+    op, count = node.op, node.op.carries + node.op.xs
+    found = [np.zeros(spec.shape, spec.dtype) for spec in node.spec]
+    places = [op.ends(n)[0] for n in range(op.carries)]
+    for n, place in enumerate(places):
+        found[n][place] = arrays[n]
+    for turn in op.places:
+        carried = [found[n][place] for n, place in enumerate(places)]
+        elements = [x[turn] for x in arrays[op.carries : count]]
+        results = interpret(op.body, [*carried, *elements, *arrays[count:]])
+        for n, keeps in enumerate(op.keeps):
+            places[n] = (turn + (not op.reverse)) if keeps else 1 - places[n]
+            found[n][places[n]] = results[n]
+        for stack, y in zip(found[op.carries :], results[op.carries :], strict=True):
+            stack[turn] = y
+    return found
 
 
 class Builder:
@@ -248,6 +310,8 @@ def apply(builder: Builder, op: Any, inputs: list[Node], spec: Any) -> Any:
         return inputs[op.item]
     if isinstance(op, Split):
         return split(builder, op, inputs[0])
+    if isinstance(op, Scan):
+        return repeat(builder, op, inputs)
     if isinstance(op, FusedAddScalars):
         return tuple(builder.make(AddScalar(each), *inputs) for each in (op.c0, op.c1))
     if op.is_builtin:
@@ -272,6 +336,45 @@ def split(builder: Builder, op: Split, x: Node) -> tuple[Node, ...]:
         parts.append(part)
         start += size
     return tuple(parts)
+
+
+def repeat(builder: Builder, op: Scan, inputs: Sequence[Node]) -> tuple[Node, ...]:
+    """scan(...) -> a loop; the values of a carry that are also a y, before or after each turn, are
+    one array, of which y is a view."""
+    specs, inside = op.inner([x.spec for x in inputs]), Builder()
+    inside.place = builder.place
+    values: list[Any] = [inside.leaf(Input(n), x) for n, x in enumerate(specs[: len(inputs)])]
+    for step, spec in zip(op.body.steps, specs[len(inputs) :], strict=True):
+        values.append(apply(inside, step.op, flatten([values[n] for n in step.sources]), spec))
+    leaves, found = values[: len(inputs)], [values[n] for n in op.body.outputs]
+    after, ys = found[: op.carries], found[op.carries :]
+    if not op.length:
+        empty = [np.zeros((0, *y.shape), y.spec.dtype) for y in ys]
+        return (*inputs[: op.carries], *map(builder.constant, empty))
+    kept = {y: (n, 0) for n, y in enumerate(leaves[: op.carries])}  # carry, and the first place
+    kept |= {y: (n, 1) for n, y in reversed([*enumerate(after)]) if y not in kept}
+    used = {kept[y][0] for y in ys if y in kept}
+    keeps = tuple([n in used for n in range(op.carries)])
+    rest = [y for y in dict.fromkeys(ys) if y not in kept]
+    body = Graph(leaves, [*after, *rest])
+    sizes = [op.length + 1 if each else 2 for each in keeps] + [op.length] * len(rest)
+    shapes = [(n, *y.shape) for n, y in zip(sizes, body.outputs, strict=True)]
+    specs = [y.spec.with_shape(shape) for y, shape in zip(body.outputs, shapes, strict=True)]
+    loop = Repeat(body, op.carries, op.xs, op.length, op.reverse, keeps)
+    node = Node(loop, tuple(inputs), tuple(specs), builder.place)
+    items = [Node(Item(n), (node,), spec, builder.place) for n, spec in enumerate(specs)]
+    stacks = dict(zip(rest, items[op.carries :], strict=True))
+
+    def cut(item: Node, start: int, size: int) -> Node:
+        ranges = ((start, size, 1), *((0, n, 1) for n in item.shape[1:]))
+        return builder.make(Slice(ranges), item)
+
+    for y, (n, first) in kept.items():
+        if n in used:
+            stacks[y] = cut(items[n], first ^ op.reverse, op.length)
+    last = [cut(items[n], loop.ends(n)[1], 1) for n in range(op.carries)]
+    ends = [builder.make(Reshape(x.shape[1:]), x) for x in last]
+    return (*ends, *(stacks[y] for y in ys))
 
 
 def expand(builder: Builder, op: Any, inputs: list[Node]) -> Any:

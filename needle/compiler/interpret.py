@@ -39,6 +39,8 @@ def run(nest: loops.AnyNest, memory: Memory) -> None:
             scatter(nest, memory)
         elif isinstance(nest, loops.HostCall):
             call(nest, memory)
+        elif isinstance(nest, loops.Repeat):
+            repeat(nest, memory)
         else:
             run_loops(nest, memory)
 
@@ -281,9 +283,25 @@ def scatter(nest: Scatter, memory: Memory) -> None:
     rows = np.broadcast_to(values[nest.row], (1, nest.places, 1))[0, :, 0]
     value = np.broadcast_to(values[nest.value], domain.shape)
     found = np.zeros((nest.lead, nest.rows, nest.trail), nest.out.dtype)
+    if nest.base is not None:
+        found[:] = memory[nest.base].reshape(found.shape)
     for place, row in enumerate(rows):
-        found[:, row] += value[:, place]
+        found[:, row] = value[:, place] + (found[:, row] if nest.base is None else 0)
     memory[nest.out][:] = found.ravel()
+
+
+def repeat(nest: loops.Repeat, memory: Memory) -> None:
+    """Every turn sees its own part of the buffers outside."""
+    inside = dict(memory)
+    for turn in range(nest.turns):
+        for buffer, move in nest.moves.items():
+            inside[buffer] = memory[move.buffer][move.at(turn) :][: buffer.size]
+        for each in nest.nests:
+            for buffer in each.reads() | each.writes():
+                if buffer not in inside:
+                    source = getattr(buffer.source, "array", np.zeros(buffer.size, buffer.dtype))
+                    inside[buffer] = np.ravel(source)
+            run(each, inside)
 
 
 def call(nest: loops.HostCall, memory: Memory) -> None:

@@ -5,8 +5,9 @@ means. The grammar:
 
     nest     = Nest(outer, inner, order, stores)        elementwise, movement, reduction, scan
              | Contraction(batch, m, n, k, a, b, epilogue)   sum over k of a[..m, k] * b[..k, n]
-             | Scatter(...)                              rows added at places that indices say
+             | Scatter(...)                              rows added or put where indices say
              | HostCall(op, inputs, outputs)             an op without a kernel, run by Python
+             | Repeat(turns, kernels, moves, ...)        kernels of nests, run several times
     store    = Store(access, value)                      memory[access] = value
     access   = Access(buffer, offset, strides, dynamic)  offset + sum of stride * axis
                                                          + sum of stride * expr, in elements
@@ -394,9 +395,11 @@ class Contraction:
 
 @dataclass(eq=False)
 class Scatter:
-    """out[l, r, t] = sum of value over the places p, in order, whose `row` is r.
+    """out[l, r, t] = sum of value over the places p, in order, whose `row` is r; with a base, the
+    last such value, and base[l, r, t] where there is none.
 
     `row` (int64, wrapped and checked) depends on axis 1 (p); `value` on axes 0 (l), 1 (p), 2 (t).
+    The base's memory may be that of out.
     """
 
     lead: int
@@ -407,10 +410,14 @@ class Scatter:
     value: Expr
     out: Buffer
     ops: tuple[Any, ...] = ()
+    base: Buffer | None = None
 
-    def reads(self) -> set[Buffer]:
+    def loads(self) -> set[Buffer]:
         found = ordered([self.row, self.value])
         return {each.attr.buffer for each in found if each.op == "load"}
+
+    def reads(self) -> set[Buffer]:
+        return self.loads() if self.base is None else self.loads() | {self.base}
 
     def writes(self) -> set[Buffer]:
         return {self.out}
@@ -432,7 +439,45 @@ class HostCall:
         return {buffer for buffer, _ in self.outputs}
 
 
-AnyNest = Nest | Contraction | Scatter | HostCall
+@dataclass(frozen=True)
+class Move:
+    """Where a buffer of a loop's body lies in one outside, in elements: at first at an offset,
+    which grows by a step from turn to turn, and, where it flips, shrinks at every other turn."""
+
+    buffer: Buffer
+    offset: int
+    step: int
+    flips: bool = False
+
+    def at(self, turn: int) -> int:
+        return self.offset + self.step * (turn % 2 if self.flips else turn)
+
+
+@dataclass(eq=False)
+class Repeat:
+    """`turns` times the kernels of a body. moves: where its inputs and outputs lie; the rest is at
+    offsets, in bytes, in a scratch buffer."""
+
+    turns: int
+    kernels: list[list[AnyNest]]
+    moves: dict[Buffer, Move]
+    offsets: dict[Buffer, int]
+    scratch: Buffer
+    ops: tuple[Any, ...] = ()
+
+    @property
+    def nests(self) -> list[AnyNest]:
+        return [nest for kernel in self.kernels for nest in kernel]
+
+    def reads(self) -> set[Buffer]:
+        return {move.buffer for x, move in self.moves.items() if x.source is not None}
+
+    def writes(self) -> set[Buffer]:
+        found = {move.buffer for x, move in self.moves.items() if x.source is None}
+        return found | ({self.scratch} if self.scratch.size else set())
+
+
+AnyNest = Nest | Contraction | Scatter | HostCall | Repeat
 
 
 def arguments(x: Expr) -> Iterator[Expr]:
@@ -521,7 +566,17 @@ def show(nest: AnyNest) -> str:
         head = f"scatter [{nest.lead} {nest.places} {nest.rows} {nest.trail}] -> {nest.out}"
         names: dict[Expr, str] = {}
         body = show_exprs(ordered([nest.row, nest.value]), names)
-        return "\n".join([head, *body, f"  add {names[nest.value]} at row {names[nest.row]}"])
+        verb = "add" if nest.base is None else f"copy {nest.base}, then write"
+        return "\n".join([head, *body, f"  {verb} {names[nest.value]} at row {names[nest.row]}"])
+    if isinstance(nest, Repeat):
+        lines = [f"repeat {nest.turns} scratch {nest.scratch}"]
+        for x, each in nest.moves.items():
+            step = f"{'+-' if each.flips else '+'}{each.step}" if each.step else ""
+            lines.append(f"  {x} = {each.buffer}+{each.offset} {step}".rstrip())
+        for kernel in nest.kernels:
+            body = "\n".join(map(show, kernel)).replace("\n", "\n    ")
+            lines.append(f"  kernel\n    {body}")
+        return "\n".join(lines)
     inputs, outputs = (", ".join(str(x) for x, _ in each) for each in (nest.inputs, nest.outputs))
     return f"host {nest.op}({inputs}) -> {outputs}"
 
@@ -582,6 +637,7 @@ def verify(nest: AnyNest) -> None:
         assert nest.row.axes <= {1}, "a scatter's row depends on its place alone"
         assert nest.value.axes <= {0, 1, 2}
         assert nest.out.size == nest.lead * nest.rows * nest.trail
+        assert nest.base is None or nest.base.size == nest.out.size
     elif isinstance(nest, Nest):
         verify_nest(nest)
 

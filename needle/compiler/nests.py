@@ -8,15 +8,23 @@ where a reshape needs it, and neighbours merge where every index runs through bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
 import needle.ops as ops
-from needle.compiler.fuse import Fuser, Group, Indices, Piece, lay_of, reduced_axes
-from needle.compiler.graph import Constant, Item, Node
+from needle.compiler.fuse import (
+    Fuser,
+    Group,
+    Indices,
+    Piece,
+    coordinates,
+    lay_of,
+    reduced_axes,
+)  # fmt: skip
+from needle.compiler.graph import Constant, Graph, Item, Node
 from needle.compiler.index import (
     Index,
     Loops,
@@ -37,10 +45,13 @@ from needle.compiler.loops import (
     AnyNest,
     Buffer,
     Contraction,
+    Digits,
     Expr,
     HostCall,
+    Move,
     Nest,
     Operand,
+    Repeat,
     Scatter,
     Store,
     cast,
@@ -59,7 +70,7 @@ from needle.compiler.lower import (
     random_uniform,
 )  # fmt: skip
 from needle.dtype import LOW_PRECISION, bfloat16, bool_, float32, int64
-from needle.ops.index import Gather
+from needle.ops.index import Checked, Gather, IndexCopy, words
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
@@ -69,17 +80,24 @@ SHORT = 8  # elements that are no row
 class Layout:
     """Where nodes lie in memory: buffers, and the strides of program inputs."""
 
-    def __init__(self, fuser: Fuser, strides: Mapping[Node, Sequence[int]]) -> None:
+    def __init__(
+        self, fuser: Fuser, strides: Mapping[Node, Sequence[int]], lower: Callable[..., Any],
+        checks: list[tuple[str, int]],
+    ) -> None:  # fmt: skip
         self.fuser = fuser
         self.strides = strides
+        self.lower = lower  # all passes, for the bodies of loops
         self.buffers: dict[Node, Buffer] = {}
-        self.checks: list[tuple[str, int]] = []  # what run-time checks say: op, size
+        self.checks = checks  # what checks say, and what negatives lack
         self.waits: dict[AnyNest, list[AnyNest]] = {}  # nests that others come after
 
     def buffer(self, node: Node) -> Buffer:
         found = self.buffers.get(node)
         if found is None:
             size = prod(node.shape)
+            if size and node in self.strides:
+                pairs = zip(node.shape, self.strides[node], strict=True)
+                size = 1 + sum((n - 1) * abs(stride) for n, stride in pairs)
             source = node.op if node.is_leaf else None
             found = Buffer(f"b{len(self.buffers)}", node.spec.dtype, size, source)
             self.buffers[node] = found
@@ -165,6 +183,10 @@ class Evaluator:
             return random_uniform(op, key, counter, linearize(index, node.shape), self.loops)
         if kind is Gather:
             return self.gather(node, index, mask)
+        if kind is Checked:
+            i = cast(self.value(node.inputs[0], index, mask), int64)
+            i = i if op.wraps else select(i < 0, i - op.size, i)
+            return self.checked(op.words, i, op.size, 0 if op.wraps else op.size)
         args = [self.value(x, index, mask) for x in node.inputs]
         return args[0] if kind is Piece else elementwise(op, node.spec.dtype, args)
 
@@ -193,9 +215,12 @@ class Evaluator:
             if 0 in self.loops:  # no element: what is computed before the loops reads none
                 found.append(fixed(0))
                 continue
-            self.layout.checks.append((node.name, size))
-            found.append(Index(0, {check(i, size, len(self.layout.checks) - 1): 1}))
+            found.append(Index(0, {self.checked(words(node.name, size), i, size): 1}))
         return found
+
+    def checked(self, text: str, i: Expr, size: int, shift: int = 0) -> Expr:
+        self.layout.checks.append((text, shift))
+        return check(i, size, len(self.layout.checks) - 1)
 
     def gather(self, node: Node, index: Indices, mask: Expr | None) -> Expr:
         x, first = node.inputs[0], node.inputs[1]
@@ -409,6 +434,19 @@ def build_contraction(layout: Layout, group: Group, stored: Sequence[Node]) -> C
 
 def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequence[int]) -> Operand:
     """A contraction's input as a strided view, of axes (*batch, outer, inner)."""
+    buffer, start, ways = locate(layout, group, x, index, sizes)
+    batch, (outer, inner) = ways[:-2], ways[-2:]
+    assert all(len(each) == 1 for each in batch), "windows of batch axes"
+    steps = tuple(stride for ((_, stride),) in batch)
+    if len(outer) == len(inner) == 1:
+        return Operand(buffer, start, steps, outer[0][1], inner[0][1])
+    return Operand(buffer, start, steps, 0, 0, (outer, inner))
+
+
+def locate(
+    layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequence[int]
+) -> tuple[Buffer, int, list[Digits]]:
+    """Where a view of memory lies: buffer, offset, and for each axis digits that have strides."""
     while x in group.inlined:
         found = MOVEMENT[type(x.op)](x.op, index, [each.shape for each in x.inputs], sizes)
         number, index, _ = found[0]
@@ -416,29 +454,29 @@ def operand(layout: Layout, group: Group, x: Node, index: Indices, sizes: Sequen
     buffer, place = layout.place(x, index)
     ways = lay_of([place], sizes)
     assert ways is not None, "an operand without strides"
-    batch, (outer, inner) = ways[:-2], ways[-2:]
-    assert all(len(each) == 1 for each in batch), "windows of batch axes"
-    steps = tuple(stride for ((_, stride),) in batch)
-    if len(outer) == len(inner) == 1:
-        return Operand(buffer, place.constant, steps, outer[0][1], inner[0][1])
-    return Operand(buffer, place.constant, steps, 0, 0, (outer, inner))
+    return buffer, place.constant, ways
 
 
 def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:
-    x, first, *_ = node.inputs
-    axis, count = node.op.axis, len(node.inputs) - 1
+    base, (x, first, *_) = None, node.inputs
+    if type(node.op) is IndexCopy:
+        base, x, first = node.inputs
+    axis, count = node.op.axis, 1 if base is not None else len(node.inputs) - 1
     shape = node.shape
     lead, rows, trail = shape[:axis], shape[axis : axis + count], shape[axis + count :]
     sizes = [prod(lead), prod(first.shape), prod(trail)]
     loops = Loops(sizes)
     evaluator = Evaluator(layout, group, loops)
     places = delinearize(coordinate(1), first.shape, loops)
-    row = linearize(evaluator.indices(node, places, axis, shape), rows) if sizes[1] else fixed(0)
     leading, trailing = (delinearize(coordinate(a), s, loops) for a, s in ((0, lead), (2, trail)))
-    value = wide(evaluator.value(x, (*leading, *places, *trailing)))
+    value = evaluator.value(x, (*leading, *places, *trailing))
     out = layout.buffer(node)
     parts = sizes[0], sizes[1], prod(rows), sizes[2]
-    return Scatter(*parts, as_expr(row), cast(value, node.spec.dtype), out, (node,))
+    if base is not None:  # its indices are checked already
+        place = evaluator.value(first, places)
+        return Scatter(*parts, place, value, out, (node,), layout.buffer(base))
+    row = linearize(evaluator.indices(node, places, axis, shape), rows) if sizes[1] else fixed(0)
+    return Scatter(*parts, as_expr(row), cast(wide(value), node.spec.dtype), out, (node,))
 
 
 def build_host(layout: Layout, node: Node, items: Mapping[Node, Sequence[Node]]) -> HostCall:
@@ -448,9 +486,47 @@ def build_host(layout: Layout, node: Node, items: Mapping[Node, Sequence[Node]])
     return HostCall(node.op, inputs, outputs, (node,))
 
 
-def build(fuser: Fuser, strides: Mapping[Node, Sequence[int]]) -> tuple[list[AnyNest], Layout]:
-    """The nests of all groups, each after those it reads from."""
-    layout = Layout(fuser, strides)
+def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
+    """A loop: its body after all passes, and how the body's inputs and outputs move."""
+    op, items, known = node.op, layout.fuser.items[node], layout.fuser.group_of
+    used = [n for n, item in enumerate(items) if item in known]
+    leaves, strides, moves = op.body.inputs, {}, {}
+    way = -1 if op.reverse else 1
+    for n, x in enumerate(node.inputs[op.carries :], op.carries):
+        place = coordinates(len(x.shape))
+        buffer, start, ways = locate(layout, group, x, place, x.shape)
+        found = [stride for ((_, stride),) in ways]
+        step = 0
+        if n < op.carries + op.xs:
+            step, *found = found
+            start += op.places[0] * step
+        strides[leaves[n]] = found
+        moves[leaves[n]] = Move(buffer, start, step * way)
+    source = Graph(leaves, [op.body.outputs[n] for n in used])
+    lowered = layout.lower(source, None, strides, layout.checks)
+    body: dict[Buffer, Move] = {lowered.layout.buffer(x): move for x, move in moves.items()}
+    for n, out in zip(used, lowered.outputs, strict=True):
+        whole = layout.buffer(items[n])
+        if n >= op.carries:
+            body[out] = Move(whole, op.places[0] * out.size, out.size * way)
+            continue
+        first, flips = op.ends(n)[0], not op.keeps[n]
+        step = (1 - 2 * first if flips else way) * out.size
+        body[lowered.layout.buffer(leaves[n])] = Move(whole, first * out.size, step, flips)
+        after = first * out.size + step
+        body[out] = Move(whole, after, -step if flips else step, flips)
+    scratch = Buffer(f"{layout.buffer(items[0]).name}.scratch", uint8, lowered.plan.size)
+    kernels = lowered.schedule.kernels
+    return Repeat(op.turns, kernels, body, lowered.plan.offsets, scratch, (node,))
+
+
+def build(
+    fuser: Fuser, strides: Mapping[Node, Sequence[int]], lower: Callable[..., Any],
+    checks: list[tuple[str, int]],
+) -> tuple[list[AnyNest], Layout]:  # fmt: skip
+    """The nests of all groups, each after those it reads from. lower: all passes, for bodies of
+    loops; checks: what run-time checks say, to be added to."""
+    layout = Layout(fuser, strides, lower, checks)
     stored: set[Node] = set(fuser.graph.outputs)
     for group in fuser.groups:
         stored |= group.reads
@@ -460,7 +536,7 @@ def build(fuser: Fuser, strides: Mapping[Node, Sequence[int]]) -> tuple[list[Any
         if isinstance(node.op, Item):
             items.setdefault(node.inputs[0], []).append(node)
     owner = {group.number: node for node, group in fuser.group_of.items()
-             if group.kind in ("host", "scatter") and not isinstance(node.op, Item)}  # fmt: skip
+             if group.kind in ("host", "scatter", "repeat") and not isinstance(node.op, Item)}
     made: dict[Group, AnyNest] = {}
     for group in in_order(fuser.groups):
         kept = [x for x in group.index if x in stored or isinstance(x.op, Piece)]
@@ -471,6 +547,8 @@ def build(fuser: Fuser, strides: Mapping[Node, Sequence[int]]) -> tuple[list[Any
             made[group] = build_contraction(layout, group, kept)
         elif group.kind == "scatter":
             made[group] = build_scatter(layout, group, owner[group.number])
+        elif group.kind == "repeat":
+            made[group] = build_repeat(layout, group, owner[group.number])
         else:
             made[group] = build_host(layout, owner[group.number], items)
     for group, nest in made.items():

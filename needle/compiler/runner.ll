@@ -29,8 +29,8 @@ declare i32 @sched_yield()
 @format = private constant [5 x i8] c"(LL)\00"
 
 ; A barrier. The last thread to arrive decides for all whether to stop, since a fast thread may
-; already fail a check of the next launch when a slow one looks.
-define internal void @meet(ptr %state, ptr %job, i1 %check) {
+; already fail a check of the next launch when a slow one looks; and moves what a loop moves.
+define internal void @meet(ptr %state, ptr %job, i1 %check, ptr %loop) {
 entry:
   %n = word job.n
   %alone = icmp eq i64 %n, 1
@@ -52,6 +52,10 @@ stop:
   %failed = word job.failed
   %reason = or i64 %failed, %flag
   set job.stop = i64 %reason
+  if eq ptr %loop, null then moved else turn
+turn:
+  call void @turn(ptr %loop)
+moved:
   br i1 %alone, label %out, label %release
 release:
   store atomic i64 0, ptr %count monotonic, align 8
@@ -106,7 +110,47 @@ out:
   ret i64 %better
 }
 
-; One thread's part of a program: of every launch its range of the units.
+; The end of a loop's turn: whether there is another one, for which addresses among the arguments
+; move on, else back to where the loop began.
+define internal void @turn(ptr %launch) {
+entry:
+  %moves = pointer launch.args
+  %turns = word launch.units
+  %count = word launch.grain
+  %turn = word launch.turn
+  %next = add i64 %turn, 1
+  %more = icmp ult i64 %next, %turns
+  %after = select i1 %more, i64 %next, i64 0
+  %again = zext i1 %more to i64
+  %odd = and i64 %turn, 1
+  set launch.turn = i64 %after
+  set launch.again = i64 %again
+each:
+  %i = phi i64 [0, %entry], [%i1, %one]
+  if uge i64 %i, %count then out else one
+one:
+  %at = mul i64 %i, 4
+  %move = getelementptr i64, ptr %moves, i64 %at
+  %slot = pointer move.slot
+  %stride = word move.stride
+  %flips = word move.flips
+  %reset = word move.reset
+  %back = and i64 %odd, %flips
+  %returns = icmp ne i64 %back, 0
+  %negative = sub i64 0, %stride
+  %step = select i1 %returns, i64 %negative, i64 %stride
+  %way = select i1 %more, i64 %step, i64 %reset
+  %old = load i64, ptr %slot
+  %new = add i64 %old, %way
+  store i64 %new, ptr %slot
+  %i1 = add i64 %i, 1
+  br label %each
+out:
+  ret void
+}
+
+; One thread's part of a program: of every launch its range of the units. A launch that ends a loop
+; goes back to the loop's first one.
 define internal void @share(ptr %state, ptr %job, i64 %thread) {
 entry:
   %program = pointer job.program
@@ -120,7 +164,7 @@ entry:
   %launches = word program.launches
   %first = address program.first
 next:
-  %i = phi i64 [0, %entry], [%i1, %run], [%i1, %units], [%i1, %host], [%i1, %call]
+  %i = phi i64 [0, %entry], [%i1, %run], [%i1, %units], [%i1, %host], [%i1, %call], [%to_i, %jump]
   %i1 = add i64 %i, 1
   if uge i64 %i, %launches then out else begin
 begin:
@@ -133,9 +177,20 @@ begin:
 meet:
   %check = and i64 %flags, CHECK
   %checks = icmp ne i64 %check, 0
-  call void @meet(ptr %state, ptr %job, i1 %checks)
+  %turns = and i64 %flags, LOOP
+  %ends = icmp ne i64 %turns, 0
+  %loop = select i1 %ends, ptr %launch, ptr null
+  call void @meet(ptr %state, ptr %job, i1 %checks, ptr %loop)
   %stop = word job.stop
-  if ne i64 %stop, 0 then out else kind
+  if ne i64 %stop, 0 then out else ahead
+ahead:
+  br i1 %ends, label %jump, label %kind
+jump:
+  %back = word launch.kernel
+  %again = word launch.again
+  %way = mul i64 %back, %again
+  %to_i = sub i64 %i1, %way
+  br label %next
 kind:
   %python = and i64 %flags, HOST
   if eq i64 %python, 0 then units else host
@@ -269,7 +324,7 @@ work:
   call i64 @enter_mode()
   %job = pointer state.job
   call void @share(ptr %state, ptr %job, i64 %thread)
-  call void @meet(ptr %state, ptr %job, i1 false)
+  call void @meet(ptr %state, ptr %job, i1 false, ptr null)
   br label %begin
 out:
   call void @leave_mode(i64 %mode)
@@ -383,19 +438,19 @@ wake:
   call i32 @pthread_mutex_unlock(ptr %mutex)
 run:
   call void @share(ptr %state, ptr %job, i64 0)
-  call void @meet(ptr %state, ptr %job, i1 false)
+  call void @meet(ptr %state, ptr %job, i1 false, ptr null)
   %flag = call i64 @look(ptr %job)
   call void @leave_mode(i64 %mode)
   ret void
 }
 
-; Pointers from outside into the args blocks.
+; Pointers from outside into the args blocks; and what a run may have left, as at first.
 define internal void @fill(ptr %program, ptr %externals) {
 entry:
   %patches = word program.patches
   %first = pointer program.first_patch
 each:
-  %i = phi i64 [0, %entry], [%next, %one]
+  %i = phi i64 [0, %entry], [%next, %set]
   if uge i64 %i, %patches then out else one
 one:
   %at = mul i64 %i, 3
@@ -403,8 +458,12 @@ one:
   %slot = pointer patch.slot
   %external = word patch.external
   %offset = word patch.offset
+  if eq i64 %external, -1 then set else find
+find:
   %from = getelementptr i64, ptr %externals, i64 %external
-  %base = load i64, ptr %from
+  %given = load i64, ptr %from
+set:
+  %base = phi i64 [0, %one], [%given, %find]
   %pointer = add i64 %base, %offset
   store i64 %pointer, ptr %slot
   %next = add i64 %i, 1

@@ -54,14 +54,18 @@ TABLES = {  # the runner's memory, by number of an 8-byte word
         "launches": 0, "small": 1, "useful": 2, "state": 3, "externals": 4, "patches": 5,
         "first_patch": 6, "amount": 7, "first": 8,
     },
-    "launch": {"kernel": 0, "args": 1, "units": 2, "grain": 3, "rotation": 4, "flags": 5},
-    "patch": {"slot": 0, "external": 1, "offset": 2},
+    "launch": {  # one that ends a loop: rows to go back, moves, turns, how many moves
+        "kernel": 0, "args": 1, "units": 2, "grain": 3, "rotation": 4, "flags": 5, "turn": 6,
+        "again": 7,
+    },
+    "patch": {"slot": 0, "external": 1, "offset": 2},  # external: -1 for an address as it is
+    "move": {"slot": 0, "stride": 1, "flips": 2, "reset": 3},
 }  # fmt: skip
 STATE = TABLES["state"]
-BARRIER, CHECK, HOST = 1, 2, 4  # flags of a launch: what is before it, and that Python runs it
+BARRIER, CHECK, HOST, LOOP = 1, 2, 4, 8  # flags of a launch: what is before it, and what it is
 STOP = 65535  # as a ticket's number of threads: the workers end
 CONSTANTS = {
-    "BARRIER": BARRIER, "CHECK": CHECK, "HOST": HOST, "STOP": STOP,
+    "BARRIER": BARRIER, "CHECK": CHECK, "HOST": HOST, "LOOP": LOOP, "STOP": STOP,
     "SPINS": 4000,  # pauses, of 20 to 40 ns each, before a worker sleeps: waking it takes 40 us
     "PATIENCE": 200,  # pauses at a barrier before a thread lets others run
     "LITTLE": 16,  # shares of work, of some microseconds each, for which no sleeper is awaited
@@ -413,16 +417,36 @@ class External:
     offset: int = 0
 
 
+@dataclass(frozen=True)
+class Move:
+    """A slot that moves from turn to turn of a loop: of the launch so many rows before the loop's
+    end, by so many bytes, and, where it flips, back at the next turn."""
+
+    before: int
+    slot: int
+    stride: int
+    flips: bool
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What ends a loop: the rows before it are run `turns` times, at least once, in all."""
+
+    rows: int
+    turns: int
+    moves: Sequence[Move]
+
+
 @dataclass
 class Launch:
-    """One row of a program: a native kernel, or a Python function of the slots, which returns
-    whether it made a NaN or an infinity.
+    """One row of a program: a native kernel, a Python function of the slots, which returns whether
+    it made a NaN or an infinity, or the end of a loop.
 
     `step` grows where a barrier is needed before the launch. Where `checks` is true, the program
     ends at the next barrier if a check has failed.
     """
 
-    kernel: int | Callable[..., Any]
+    kernel: int | Callable[..., Any] | Loop
     slots: Sequence[int | External]
     units: int = 1
     grain: int = 1  # units that are worth a thread
@@ -438,38 +462,63 @@ class Program:
     def __init__(self, launches: Sequence[Launch], externals: int) -> None:
         shares = [max(1, each.units // each.grain) for each in launches]
         hosts = [each for each in launches if callable(each.kernel)]
-        small = max(shares, default=1) == 1 and not hosts and len(launches) <= MANY
+        turns = turns_of(launches)
+        small = max(shares, default=1) == 1 and not hosts and sum(turns) <= MANY
         self.blocks = aligned(sum(len(each.slots) for each in launches))
         self.functions: list[Any] = []  # what Python runs, which the table refers to
-        rows, patches = np.zeros((len(launches), 8), np.int64), []
+        self.moves: list[np.ndarray] = []
+        self.memory = aligned(8 + 8 * len(launches))
+        rows = self.memory[8:].reshape(-1, 8)
+        places, patches = [], []
         begin, share, checked = 0, 0, False
         for place, each in enumerate(launches):
             block = self.blocks[begin : begin + len(each.slots)]
             address = block.ctypes.data
+            places.append(address)
             for number, slot in enumerate(each.slots):
                 if isinstance(slot, External):
                     patches.append((address + 8 * number, slot.number, slot.offset))
                 else:
                     block[number] = np.uint64(slot % 2**64).view(np.int64)
-            kernel = self.function(each.kernel, block) if callable(each.kernel) else each.kernel
-            flags = flags_of(launches, place, checked) | (HOST if callable(each.kernel) else 0)
-            rows[place, :6] = (kernel, address, each.units, each.grain, share, flags)
+            flags = flags_of(launches, place, checked)
+            if isinstance(each.kernel, Loop):
+                row = self.loop(each.kernel, places, patches)
+                turn = rows[place].ctypes.data + 8 * TABLES["launch"]["turn"]
+                patches.append((turn, -1, 0))
+            else:
+                kernel = self.function(each.kernel, block) if callable(each.kernel) else each.kernel
+                row = (kernel, address, each.units, each.grain)
+            rows[place, :6] = (*row, share, flags)
             share += shares[place]
             checked = checked or each.checks
             begin += len(each.slots)
             pool().reserve(each.scratch)
         self.patches = np.array(patches, np.int64).reshape(-1, 3)
-        self.memory = aligned(8 + rows.size)
-        self.memory[8:] = rows.ravel()
+        amounts = (max(s, each.work) for s, each in zip(shares, launches, strict=True))
         self.memory[:8] = (
             len(launches), small, max(shares, default=1), pool().address, externals, len(patches),
-            self.patches.ctypes.data,
-            sum(max(share, each.work) for share, each in zip(shares, launches, strict=True)),
+            self.patches.ctypes.data, sum(n * turn for n, turn in zip(amounts, turns, strict=True)),
         )  # fmt: skip
-        owner = (self.memory, self.blocks, self.patches, self.functions)
+        owner = (self.memory, self.blocks, self.patches, self.functions, self.moves)
         address = self.memory.ctypes.data
         self.run = bind(pool().run_at, address, owner)
         self.watch = bind(pool().watch_at, address, owner)
+
+    def loop(
+        self, loop: Loop, places: Sequence[int], patches: list[tuple[int, int, int]]
+    ) -> tuple[int, int, int, int]:
+        """The words of a row that ends a loop. A run begins with each slot as it is now."""
+        moves = np.zeros((len(loop.moves), 4), np.int64)
+        known = {slot for slot, _, _ in patches}
+        for row, move in zip(moves, loop.moves, strict=True):
+            slot = places[-1 - move.before] + 8 * move.slot
+            steps = (loop.turns - 1) % 2 if move.flips else loop.turns - 1
+            row[:] = slot, move.stride, move.flips, -steps * move.stride
+            if slot not in known:
+                known.add(slot)
+                patches.append((slot, -1, ctypes.c_int64.from_address(slot).value))
+        self.moves.append(moves)
+        return loop.rows + 1, moves.ctypes.data, loop.turns, len(moves)
 
     def function(self, call: Callable[..., Any], block: np.ndarray) -> int:
         """The address of a Python function without arguments, which takes the slots' values."""
@@ -477,11 +526,24 @@ class Program:
         return id(self.functions[-1])
 
 
+def turns_of(launches: Sequence[Launch]) -> list[int]:
+    """How often each launch is run."""
+    found = [1] * len(launches)
+    for place, each in enumerate(launches):
+        if isinstance(each.kernel, Loop):
+            for row in range(place - each.kernel.rows, place + 1):
+                found[row] *= each.kernel.turns
+    return found
+
+
 def flags_of(launches: Sequence[Launch], place: int, checked: bool) -> int:
-    """What the barrier before a launch does: there is one at each step, and around Python's."""
+    """What a launch is, and what the barrier before it does: there is one at each step, at the end
+    of a loop's turn, and around Python's."""
+    this = launches[place]
+    kind = HOST if callable(this.kernel) else LOOP if isinstance(this.kernel, Loop) else 0
+    before = launches[place - 1] if place else this
+    if before.step == this.step and not kind and not callable(before.kernel):
+        return 0
     if place == 0:
-        return 0
-    before, this = launches[place - 1], launches[place]
-    if before.step == this.step and not callable(before.kernel) and not callable(this.kernel):
-        return 0
-    return BARRIER | (CHECK if checked else 0)
+        return kind
+    return kind | BARRIER | (CHECK if checked else 0)

@@ -35,7 +35,7 @@ from needle.ops.elementwise import (
     Negate,
     StopGradient,
 )  # fmt: skip
-from needle.ops.index import ScatterAdd
+from needle.ops.index import Checked, IndexCopy, ScatterAdd
 from needle.ops.movement import Pad, Permute, Reshape, Transpose, without
 from needle.ops.order import CHUNK, ROWS, fold, split_axes
 from needle.ops.reduce import Max, Min, Reduction, Summation
@@ -184,6 +184,14 @@ def scatter(builder: Builder, op: ScatterAdd, x: Node, *indices: Node) -> Node |
     return builder.make(Cast(x.spec.dtype), wide)
 
 
+def index_copy(builder: Builder, op: IndexCopy, x: Node, source: Node, index: Node) -> Node | None:
+    """Indices are checked by a nest of its own, so that the copy may be made in place."""
+    if type(index.op) is Checked and index.op.size == x.shape[op.axis]:
+        return None
+    checked = Checked("index_copy", x.shape[op.axis], True)
+    return builder.make(op, x, source, builder.make(checked, index))
+
+
 @primitive
 class Fold(Reduction):
     """y = x folded by halving over one axis (needle/ops/order.py): the sum of chunks' sums"""
@@ -200,5 +208,5 @@ ALGEBRA: dict[type, Any] = {
 }  # fmt: skip
 LOWERED: dict[type, Any] = {  # what later passes know in one form only
     Transpose: transpose, Summation: reduction, Max: reduction, Min: reduction,
-    ScatterAdd: scatter,
+    ScatterAdd: scatter, IndexCopy: index_copy,
 }  # fmt: skip

@@ -79,12 +79,15 @@ class ImageDataset(Dataset):
     """Images and labels: sample i is (image (H, W, C), transformed, and label).
 
     A slice or an array of indices gives (images (m, H, W, C), labels (m,)); each image passes the
-    transforms by itself. ValueError where the arrays' shapes do not fit.
+    transforms by itself. Where `channels_first` is set, images leave as (C, H, W), after the
+    transforms. ValueError where the arrays' shapes do not fit.
 
     images: (n, H, W, C), kept as they are: bytes take a quarter of the memory of what they become.
     labels: (n,).
     scale: samples are float32, images / scale; 255 brings bytes into [0, 1].
     """
+
+    channels_first = False
 
     def __init__(
         self, images: Any, labels: Any, transforms: Transforms = None, *, scale: float = 1
@@ -99,17 +102,18 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: Any) -> tuple[np.ndarray, Any]:
         label = pick(self, self.labels, index)
         images = np.divide(self.images[index], self.scale, dtype=np.float32)
-        if not self.changes_samples() or len(images) == 0:
-            return images, label
-        if images.ndim == 3:
-            return self.apply_transforms(images), label
-        return np.stack([self.apply_transforms(image) for image in images]), label
+        if self.changes_samples() and len(images):
+            if images.ndim == 3:
+                images = self.apply_transforms(images)
+            else:
+                images = np.stack([self.apply_transforms(image) for image in images])
+        return np.moveaxis(images, -1, -3) if self.channels_first else images, label
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def pick(dataset: Dataset, array: np.ndarray, index: Any) -> Any:
+def pick(dataset: Dataset, array: Any, index: Any) -> Any:
     """array[index], or an IndexError that names the dataset and its length."""
     try:
         return array[index]

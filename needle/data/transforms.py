@@ -6,10 +6,16 @@ the course's. Next: dataset.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from needle.data.batch import collate
 from needle.data.stream import sample_rng
 from needle.errors import expect
+
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luminance of red, green, blue (BT.601)
 
 
 class Transform:
@@ -57,6 +63,149 @@ class RandomCrop(Transform):
         padded[p : p + height, p : p + width] = x
         top, left = p + shift_x, p + shift_y
         return padded[top : top + height, left : left + width]
+
+
+class Normalize(Transform):
+    """y = (x - mean) / std, per channel of an image (H, W, C); numbers, or one per channel."""
+
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+        self.mean, self.std = mean, std
+        given = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        fits = all(np.isfinite(each).all() and each.ndim < 2 for each in given)
+        expected = "finite numbers, std above 0, or a list of them"
+        fits = fits and bool((given[1] > 0).all())
+        expect(fits, f"Normalize: expected {expected}; received {mean!r} and {std!r}")
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        channels = as_image("Normalize", x).shape[-1]
+        given = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        fits = all(each.size in (1, channels) for each in given)
+        received = f"{given[0].size} and {given[1].size}"
+        expect(fits, f"Normalize: expected one mean and std, or {channels}; received {received}")
+        return (x - given[0]) / given[1]
+
+
+class Resize(Transform):
+    """An image (H, W, C) of another size: by a triangle filter, widened where it shrinks.
+
+    size: (height, width), or the length of the shorter side, the other in proportion. What Pillow
+    calls BILINEAR and PyTorch interpolation with antialias, in the image's float dtype.
+    """
+
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        self.size = as_sides("Resize", size)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        sides = as_image("Resize", x).shape[:2]
+        shorter = min(sides)
+        size = self.size if len(self.size) == 2 else [s * self.size[0] // shorter for s in sides]
+        rows, columns = (triangles(n, m).astype(x.dtype) for n, m in zip(sides, size, strict=True))
+        return np.einsum("ih,hwc,jw->ijc", rows, x, columns, optimize=True)
+
+
+def triangles(size: int, new: int) -> np.ndarray:
+    """Weights (new, size): each row a triangle about the new pixel's centre, with the sum 1."""
+    scale = size / new
+    centres = (np.arange(new)[:, None] + 0.5) * scale
+    distance = np.abs(np.arange(size) + 0.5 - centres) / max(scale, 1.0)
+    weights = np.maximum(1 - distance, 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+class CenterCrop(Transform):
+    """The middle of an image (H, W, C). size: (height, width), or the side of a square.
+
+    ValueError where the image is smaller.
+    """
+
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        self.size = as_sides("CenterCrop", size)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        height, width = (*self.size, *self.size)[:2]
+        rows, columns, _ = as_image("CenterCrop", x).shape
+        expected, received = f"an image of at least {height} x {width}", f"{rows} x {columns}"
+        fits = rows >= height and columns >= width
+        expect(fits, f"CenterCrop: expected {expected}; received {received}")
+        top, left = (rows - height) // 2, (columns - width) // 2
+        return x[top : top + height, left : left + width]
+
+
+class ColorJitter(Transform):
+    """Brightness, contrast and saturation of an image (H, W, 3) in [0, 1], changed at random.
+
+    In this order, for each that is not 0: f = `1 + (2 rand() - 1) * strength`, then x = f x, then
+    x = f x + (1 - f) mean(grey), then x = f x + (1 - f) grey; each limited to [0, 1]. grey is the
+    luminance (ITU-R BT.601). PyTorch's strengths; there the order is random.
+    """
+
+    def __init__(
+        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0
+    ) -> None:
+        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
+        fits = all(0 <= each <= 1 for each in vars(self).values())
+        expect(fits, f"ColorJitter: expected strengths in [0, 1]; received {vars(self)}")
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        channels = as_image("ColorJitter", x).shape[-1]
+        expect(channels == 3, f"ColorJitter: expected 3 channels; received {channels}")
+        for name, strength in vars(self).items():
+            if strength:
+                factor = x.dtype.type(1 + (2 * sample_rng().rand() - 1) * strength)
+                grey = (x @ GREY.astype(x.dtype))[..., None]
+                other = {"brightness": 0, "contrast": grey.mean(), "saturation": grey}[name]
+                x = np.clip(factor * x + (1 - factor) * other, 0, 1)
+        return x
+
+
+class Cutout(Transform):
+    """Zeros in a square of an image (H, W, C) about a pixel drawn at random: `randint(H)`,
+    `randint(W)`; what lies beyond the border is lost (DeVries and Taylor, 2017)."""
+
+    def __init__(self, size: int = 8) -> None:
+        (self.size,) = as_sides("Cutout", size)[:1]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        height, width, _ = as_image("Cutout", x).shape
+        row, column = sample_rng().randint(height), sample_rng().randint(width)
+        top, left, found = row - self.size // 2, column - self.size // 2, x.copy()
+        found[max(top, 0) : top + self.size, max(left, 0) : left + self.size] = 0
+        return found
+
+
+class Mixup(Transform):
+    """Convex combinations of the samples of a batch (Zhang et al., 2018), as a `collate_fn`:
+
+        DataLoader(dataset, 128, collate_fn=Mixup(10))
+
+    x = s x + (1 - s) x[order], and so the one-hot labels y, float32 (n, num_classes), with
+    s = `beta(alpha, alpha)`, order = `permutation(n)`, drawn once per batch. A loss for them:
+    `kl_div(log_softmax(logits, 1), y, reduction="batchmean")`.
+    """
+
+    def __init__(self, num_classes: int, alpha: float = 0.2) -> None:
+        fits = num_classes >= 1 and 0 < alpha < np.inf
+        expected = "at least one class and an alpha above 0"
+        expect(fits, f"Mixup: expected {expected}; received {num_classes} and {alpha}")
+        self.num_classes, self.alpha = num_classes, alpha
+
+    def __call__(self, samples: Any) -> Any:
+        images, labels = collate(samples)
+        share = np.float32(sample_rng().beta(self.alpha, self.alpha))
+        order = sample_rng().permutation(len(images))
+        fits = labels.max() < self.num_classes
+        expected = f"labels below {self.num_classes}"
+        expect(fits, f"Mixup: expected {expected}; received {labels.max()}")
+        targets = np.eye(self.num_classes, dtype=np.float32)[labels]
+        return tuple(share * x + (1 - share) * x[order] for x in (images, targets))
+
+
+def as_sides(op: str, size: Any) -> tuple[int, ...]:
+    """A size as one or two whole numbers of at least 1."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+    fits = len(sides) in (1, 2) and all(isinstance(n, (int, np.integer)) and n > 0 for n in sides)
+    expect(fits, f"{op}: expected a size of one or two numbers of pixels; received {size}")
+    return tuple(map(int, sides))
 
 
 def as_image(op: str, x: np.ndarray) -> np.ndarray:

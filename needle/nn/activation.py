@@ -5,6 +5,7 @@ Those without settings are their functions; the settings of the others are datac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from needle.autograd import Tensor
@@ -99,3 +100,35 @@ class Dropout(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.p, self.training)
+
+
+class DropoutChannels(Dropout):
+    """Dropout of whole channels, of x (n, channels, *sizes) or, where channels_last, (n, *sizes,
+    channels) (Tompson et al., 2015)"""
+
+    function: Callable[..., Tensor]
+
+    def __init__(self, p: float = 0.5, channels_last: bool = False) -> None:
+        super().__init__(p)
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.p, self.training, channels_last=self.channels_last)
+
+
+class Dropout1d(DropoutChannels):
+    """Dropout of channels, x (n, channels, length)"""
+
+    function = staticmethod(functional.dropout1d)
+
+
+class Dropout2d(DropoutChannels):
+    """Dropout of channels, x (n, channels, height, width)"""
+
+    function = staticmethod(functional.dropout2d)
+
+
+class Dropout3d(DropoutChannels):
+    """Dropout of channels, x (n, channels, depth, height, width)"""
+
+    function = staticmethod(functional.dropout3d)

@@ -1,27 +1,35 @@
 """Layers and losses as functions, `nn.functional`: the modules add parameters and settings to them.
 
-Most are ops under the names that the field gives them here. Next: activation.py.
+Most are ops under the names that the field gives them here. Functions of images take them as
+(n, channels, *sizes) or, where channels_last=True, (n, *sizes, channels). Next: activation.py.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from needle.array.spec import as_shape
 from needle.autograd import Tensor
+from needle.dtype import bool_
 from needle.errors import expect
 from needle.init import ones_like, randb
+from needle.nn.layout import in_all_ranks, on_images, to_first, to_last
 
 # fmt: off
 # isort: off
 # ruff: noqa: F401
 from needle.ops import (
-    bce_with_logits, cross_entropy, elu, flatten, gelu, huber_loss, kl_div, l1_loss, leaky_relu,
-    log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
-    softplus, tanh,
+    bce_with_logits, concatenate, cos, cross_entropy, elu, flatten, gelu, huber_loss, kl_div,
+    l1_loss, leaky_relu, log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid,
+    silu, sin, softmax, softplus, split, stack, tanh,
 )
-from needle.ops.elementwise import Operand, as_float, narrowed
+from needle.ops import conv, conv_transpose, pool, resize
+from needle.ops.elementwise import Operand, as_float, narrowed, not_equal, where
+from needle.ops.index import Checked, Gather, as_indices
 # fmt: on
 # isort: on
 
@@ -35,6 +43,60 @@ def linear(x: Operand, weight: Tensor, bias: Maybe = None) -> Tensor:
         return y
     bias = narrowed(bias)
     return y + (bias.reshape(y.shape) if y.ndim == 1 else bias)
+
+
+# Images
+
+
+def convolve(
+    x: Operand, weight: Tensor, bias: Maybe = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """`ops.conv`, plus bias (out,); weight is (*kernel, in / groups, out)."""
+    return shifted("conv", conv(x, weight, stride, padding, dilation, groups), bias)
+
+
+def convolve_transposed(
+    x: Operand, weight: Tensor, bias: Maybe = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Tensor:  # fmt: skip
+    """`ops.conv_transpose`, plus bias (out,); weight is (*kernel, out / groups, in)."""
+    settings = stride, padding, output_padding, dilation, groups
+    return shifted("conv_transpose", conv_transpose(x, weight, *settings), bias)
+
+
+def shifted(name: str, y: Tensor, bias: Maybe) -> Tensor:
+    check_shapes(name, y.shape[-1:], bias=bias)
+    return y if bias is None else y + narrowed(bias)
+
+
+conv1d, conv2d, conv3d = in_all_ranks("conv", convolve)
+conv_transpose1d, conv_transpose2d, conv_transpose3d = in_all_ranks(
+    "conv_transpose", convolve_transposed
+)
+max_pool1d, max_pool2d, max_pool3d = in_all_ranks("max_pool", pool.max_pool)
+avg_pool1d, avg_pool2d, avg_pool3d = in_all_ranks("avg_pool", pool.avg_pool)
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = in_all_ranks(
+    "adaptive_max_pool", pool.adaptive_max_pool
+)
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = in_all_ranks(
+    "adaptive_avg_pool", pool.adaptive_avg_pool
+)
+interpolate = on_images("interpolate", resize.interpolate)
+pixel_shuffle = on_images("pixel_shuffle", resize.pixel_shuffle, 2)
+pixel_unshuffle = on_images("pixel_unshuffle", resize.pixel_unshuffle, 2)
+
+
+def embedding(ids: Operand, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """y = weight[ids], (..., dim) for ids (...) of integers, or floats without fractions.
+
+    The row of padding_idx gets no gradient. IndexError: ids below 0 or from len(weight) on.
+    """
+    ids = as_indices("embedding", ids, weight)
+    y = Gather(0)(weight, Checked("embedding: expected ids", len(weight))(ids))
+    if padding_idx is None:
+        return y
+    return where(not_equal(ids, padding_idx).unsqueeze(-1), y, y.detach())
 
 
 def check_probability(p: float) -> float:
@@ -53,6 +115,117 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True) -> Tensor:
         return x
     mask = randb(*x.shape, p=1 - p, device=x.device)
     return normalize.masked(x, mask, p) if p < 1 else x * 0.0
+
+
+def drop_channels(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """Dropout of whole channels of x (n, *sizes, channels) (Tompson et al., 2015)"""
+    check_probability(p)
+    if not training:
+        return x
+    mask = randb(x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1], p=1 - p, device=x.device)
+    return normalize.masked(x, mask, p) if p < 1 else x * 0.0
+
+
+dropout1d, dropout2d, dropout3d = in_all_ranks("dropout", drop_channels)
+
+
+# Attention and positions
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Maybe = None, dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, probabilities before dropout) of `scaled_dot_product_attention`."""
+    heads, groups = query.shape[-3], key.shape[-3]
+    fits = key.shape[:-1] == value.shape[:-1] and query.shape[-1] == key.shape[-1]
+    shapes = f"{query.shape}, {key.shape} and {value.shape}"
+    fits = fits and query.shape[:-3] == key.shape[:-3] and groups > 0 and heads % groups == 0
+    expect(fits, f"attention: expected query, key and value (..., heads, n, d); received {shapes}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = (*query.shape[:-1], key.shape[-2])  # of the scores
+    together = (*key.shape[:-2], -1)  # the rows of queries that share keys
+    if heads != groups:
+        query = query.reshape((*together, query.shape[-1]))
+    scores = (query @ key.transpose() * scale).reshape(wide)
+    if mask is not None:
+        minus = Tensor(-math.inf, device=scores.device, dtype=scores.dtype)
+        scores = where(mask, scores, minus) if mask.dtype == bool_ else scores + mask
+    probs = softmax(scores)
+    kept = dropout(probs, dropout_p) if dropout_p else probs
+    y = kept.reshape((*together, wide[-1])) @ value if heads != groups else kept @ value
+    return y.reshape((*wide[:-1], value.shape[-1])), probs
+
+
+def causal_mask(queries: int, keys: int, like: Tensor, past: int = 0) -> Tensor:
+    """Which keys a query sees: those up to its own place, which comes `past` places later."""
+    return Tensor(np.tri(queries, keys, past, dtype=bool), device=like.device)
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Maybe = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """y = softmax(query @ key^T * scale + mask) @ value, of (..., heads, n, d), n by sequence.
+
+    key and value may have fewer heads, each for as many neighbouring ones of query (Ainslie et al.,
+    2023). attn_mask broadcasts to (..., heads, queries, keys): bool, True where a key is seen, or
+    numbers to add. is_causal: a query sees keys up to its own place. dropout_p: of the
+    probabilities. scale: by default d^-1/2. A query that sees nothing gives 0. (Vaswani et al.,
+    2017)
+    """
+    if is_causal:
+        expect(attn_mask is None, "attention: expected attn_mask or is_causal; received both")
+        attn_mask = causal_mask(query.shape[-2], key.shape[-2], query)
+    return attend(query, key, value, attn_mask, dropout_p, scale)[0]
+
+
+@cache
+def frequencies(dim: int, base: float) -> np.ndarray:
+    expect(dim % 2 == 0, f"positions: expected an even dimension; received {dim}")
+    return base ** (-np.arange(0, dim, 2) / dim)
+
+
+def waves(positions: Tensor, dim: int, base: float, dtype: Any) -> tuple[Tensor, Tensor]:
+    """sin and cos of positions (T,) times base^(-2i / dim): (T, dim / 2) each, by float64."""
+    own = Tensor(frequencies(dim, base), device=positions.device, requires_grad=False)
+    angles = positions.to("float64").unsqueeze(-1) * own
+    return sin(angles).to(dtype), cos(angles).to(dtype)
+
+
+def sinusoidal(
+    positions: Tensor, dim: int, base: float = 10000.0, dtype: Any = "float32"
+) -> Tensor:
+    """y[t, 2i] = sin(t base^(-2i / dim)), y[t, 2i + 1] = cos of it: (T, dim).
+
+    (Vaswani et al., 2017)
+    """
+    return stack(waves(positions, dim, base, dtype), -1).reshape((*positions.shape, dim))
+
+
+def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """x (..., T, d) with its pairs (x[i], x[i + d/2]) turned by t base^(-2i / d), positions (T,).
+
+    Products of queries and keys so turned depend on their distance alone. (Su et al., 2021)
+    """
+    sines, cosines = waves(positions, x.shape[-1], base, x.dtype)
+    a, b = split(x, -1, (x.shape[-1] // 2,) * 2)
+    return concatenate([a * cosines - b * sines, b * cosines + a * sines], -1)
+
+
+def alibi(num_heads: int, queries: int, keys: int, **placement: Any) -> Tensor:
+    """What is added to scores (heads, queries, keys): -slope * distance, slopes 2^(-8 h / heads).
+
+    h = 1 ... heads, a power of two, or else the slopes of the next smaller power of two, and then
+    every second one of twice as many. The last query and the last key are at one place. (Press et
+    al., 2022)
+    """
+    whole = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * h / whole) for h in range(1, whole + 1)]
+    slopes += [2 ** (-4 * h / whole) for h in range(1, 2 * (num_heads - whole), 2)]
+    distance = np.abs(np.arange(queries)[:, None] + keys - queries - np.arange(keys))
+    bias = -np.array(slopes)[:, None, None] * distance
+    return Tensor(bias, **{"dtype": "float32", "requires_grad": False, **placement})
 
 
 # Normalisations
@@ -81,28 +254,52 @@ def batch_norm(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    channels_last: bool = False,
 ) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias per channel of x (n, channels, ...).
 
     In training with the batch's mean and biased variance, towards which the running ones move,
     r = (1 - momentum) * r + momentum * batch (as in the course; PyTorch's variance is unbiased);
     else with the running ones. A batch of one element has variance 0, so that y is the bias.
-    (Ioffe and Szegedy, 2015)
+    Statistics are added place by place, in the order of n and sizes. (Ioffe and Szegedy, 2015)
     """
     x = as_float(x)
     expect(x.ndim > 1, f"batch_norm: expected x of shape (n, channels, ...); received {x.shape}")
-    check_shapes("batch_norm", x.shape[1:2], running_mean=running_mean, running_var=running_var)
-    affine = affine_of("batch_norm", x.shape[1:2], weight, bias)
+    images = x if channels_last else to_last(x)
+    *places, channels = images.shape
+    rows = images if x.ndim == 2 else images.reshape((math.prod(places), channels))
+    check_shapes("batch_norm", (channels,), running_mean=running_mean, running_var=running_var)
+    affine = affine_of("batch_norm", (channels,), weight, bias)
     if training:
         expect(x.size, f"batch_norm: expected a batch with elements; received {x.shape}")
         if running_mean is not None and running_var is not None:
             move = normalize.RunningStatistics(float(momentum))
-            moved = move(x.detach(), running_mean, running_var)
+            moved = move(rows.detach(), running_mean, running_var)
             running_mean.data, running_var.data = moved[0], moved[1]
-        return normalize.BatchNorm(float(eps))(x, *affine)
-    if running_mean is None or running_var is None:
+        y = normalize.BatchNorm(float(eps))(rows, *affine)
+    elif running_mean is None or running_var is None:
         raise ValueError("batch_norm: expected running_mean and running_var in evaluation")
-    return normalize.NormalizeWith(float(eps))(x, running_mean, running_var, *affine)
+    else:
+        y = normalize.NormalizeWith(float(eps))(rows, running_mean, running_var, *affine)
+    y = y if x.ndim == 2 else y.reshape(images.shape)
+    return y if channels_last else to_first(y)
+
+
+def instance_norm(
+    x: Operand, weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
+    channels_last: bool = False,
+) -> Tensor:  # fmt: skip
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per sample and channel of x (n, channels,
+    *sizes); var is biased. (Ulyanov et al., 2016)
+    """
+    x = as_float(x)
+    expect(x.ndim > 2, f"instance_norm: expected x of shape (n, channels, *sizes); got {x.shape}")
+    images = x if channels_last else to_last(x)
+    n, *sizes, channels = images.shape
+    affine = affine_of("instance_norm", (channels,), weight, bias)
+    places = images.reshape((n, math.prod(sizes), channels))
+    y = normalize.InstanceNorm(float(eps))(places, *affine).reshape(images.shape)
+    return y if channels_last else to_first(y)
 
 
 def trailing(name: str, x: Tensor, shape: Any, weight: Maybe, bias: Maybe) -> tuple[int, Any]:

@@ -18,6 +18,8 @@ class Linear(Module):
     this order, the bias as from one input for each of out_features outputs (as in the course).
     """
 
+    outputs_first = ("weight",)
+
     def __init__(
         self,
         in_features: int,

@@ -27,6 +27,13 @@ class Parameter(Tensor):
     __slots__ = ()
 
 
+class RowParameter(Parameter):
+    """A Parameter of whose rows an optimizer's step changes those alone that have a gradient."""
+
+    __slots__ = ()
+    by_rows = True
+
+
 # Hooks
 
 
@@ -141,6 +148,7 @@ class Module(Holder):
 
     training: bool = True
     unnamed: str = ""  # the attribute whose items are named by their index alone
+    outputs_first: tuple[str, ...] = ()  # tensors whose last axes PyTorch swaps and puts in front
     _hooks: tuple[Handle, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,4 +6,4 @@ from needle.nn.container import Residual, Sequential
 from needle.nn.linear import Flatten, Linear
 from needle.nn.loss import SoftmaxLoss
 from needle.nn.module import Module, Parameter
-from needle.nn.normalization import BatchNorm1d, LayerNorm1d
+from needle.nn.normalization import BatchNorm1d, BatchNorm2d, LayerNorm1d

@@ -12,6 +12,7 @@ from needle.autograd import Tensor
 from needle.errors import expect
 from needle.init import ones, zeros
 from needle.nn import functional
+from needle.nn.layout import shape_text
 from needle.nn.module import Module, Parameter
 
 
@@ -26,14 +27,16 @@ class Normalization(Module):
         self.bias = Parameter(zeros(shape, **placement)) if affine and self.has_bias else None
 
 
-class BatchNorm1d(Normalization):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias per channel, x (n, dim) or (n, dim, length).
+class BatchNorm(Normalization):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per channel of x.
 
     In training with the batch's mean and variance, towards which running_mean and running_var move
     by `momentum`; in evaluation with the running ones. Variances are biased, running_var too (as in
     the course; PyTorch's is not). A batch of one element is allowed: its variance is 0, y the bias.
-    (Ioffe and Szegedy, 2015)
+    With channels_last the channels are x's last axis. (Ioffe and Szegedy, 2015)
     """
+
+    sizes: tuple[int, ...]  # how many axes x may have besides n and the channels
 
     def __init__(
         self,
@@ -42,20 +45,91 @@ class BatchNorm1d(Normalization):
         momentum: float = 0.1,
         device: Any = None,
         dtype: Any = "float32",
+        channels_last: bool = False,
     ) -> None:
         expect(0 <= momentum <= 1, f"batch_norm: expected 0 <= momentum <= 1; received {momentum}")
         self.dim = dim
         super().__init__(dim, eps, device=device, dtype=dtype)
         self.momentum = momentum
+        self.channels_last = channels_last
         self.running_mean = zeros(dim, device=device, dtype=dtype)
         self.running_var = ones(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim not in (2, 3) or x.shape[1] != self.dim:
-            shapes = f"(n, {self.dim}) or (n, {self.dim}, length)"
-            raise ValueError(f"batch_norm: expected x of shape {shapes}; received {x.shape}")
+        check_channels("batch_norm", x, self.dim, self.sizes, self.channels_last)
         tensors = self.running_mean, self.running_var, self.weight, self.bias
-        return functional.batch_norm(x, *tensors, self.training, self.momentum, self.eps)
+        settings = self.training, self.momentum, self.eps, self.channels_last
+        return functional.batch_norm(x, *tensors, *settings)
+
+
+def check_channels(
+    name: str, x: Tensor, dim: int, counts: tuple[int, ...], channels_last: bool
+) -> None:
+    axis = -1 if channels_last else 1
+    if x.ndim - 2 not in counts or x.shape[axis] != dim:
+        shapes = " or ".join(shape_text(count, dim, channels_last) for count in counts)
+        raise ValueError(f"{name}: expected x of shape {shapes}; received {x.shape}")
+
+
+class BatchNorm1d(BatchNorm):
+    """BatchNorm of x (n, dim) or (n, dim, length)."""
+
+    sizes = (0, 1)
+
+
+class BatchNorm2d(BatchNorm):
+    """BatchNorm of x (n, dim, height, width)."""
+
+    sizes = (2,)
+
+
+class BatchNorm3d(BatchNorm):
+    """BatchNorm of x (n, dim, depth, height, width)."""
+
+    sizes = (3,)
+
+
+class InstanceNorm(Normalization):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per sample and channel of x.
+
+    weight and bias are per channel, None unless affine; var is biased. With channels_last the
+    channels are x's last axis. The rest: device, dtype. (Ulyanov et al., 2016)
+    """
+
+    sizes: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = False,
+        channels_last: bool = False,
+        **rest: Any,
+    ) -> None:
+        self.num_features, self.channels_last = num_features, channels_last
+        super().__init__(num_features, eps, affine, **rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels("instance_norm", x, self.num_features, self.sizes, self.channels_last)
+        return functional.instance_norm(x, self.weight, self.bias, self.eps, self.channels_last)
+
+
+class InstanceNorm1d(InstanceNorm):
+    """InstanceNorm of x (n, channels, length)."""
+
+    sizes = (1,)
+
+
+class InstanceNorm2d(InstanceNorm):
+    """InstanceNorm of x (n, channels, height, width)."""
+
+    sizes = (2,)
+
+
+class InstanceNorm3d(InstanceNorm):
+    """InstanceNorm of x (n, channels, depth, height, width)."""
+
+    sizes = (3,)
 
 
 class LayerNorm(Normalization):

@@ -1,9 +1,9 @@
 """The ops: primitives, composites made of them, and the functions that users call.
 
 Read elementwise.py, movement.py, reduce.py, contract.py, index.py (primitives), then composite.py,
-activation.py, normalize.py, loss.py, update.py, conv.py (composites), random.py, tuples.py,
-precision.py (autocast). This file names them all and registers them as the operators of Tensor and
-NDArray.
+activation.py, normalize.py, loss.py, update.py, conv.py, pool.py, resize.py (composites),
+random.py, tuples.py, precision.py (autocast). This file names them all and registers them as the
+operators of Tensor and NDArray.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from needle.ops.elementwise import (
     sqrt, square, stop_gradient, subtract, tanh, where,
 )
 from needle.ops.index import (
-    ArgSort, Gather, ScatterAdd, arange, argsort, eye, gather, getitem, linspace, one_hot,
-    scatter_add, sort, take, topk, tril, triu, unbind,
+    ArgSort, Gather, IndexCopy, ScatterAdd, arange, argsort, eye, gather, getitem, index_copy,
+    linspace, one_hot, scatter_add, sort, take, topk, tril, triu, unbind,
 )
 from needle.ops.loss import (
     bce_with_logits, cross_entropy, huber_loss, kl_div, l1_loss, mse_loss, nll_loss,
@@ -50,14 +50,18 @@ from needle.ops.movement import (
     roll, split, squeeze, stack, tile, transpose, undilate, unsqueeze,
 )
 from needle.ops.normalize import (
-    BatchNorm, LayerNorm, LogSoftmax, LogSumExp, Mean, RMSNorm, Softmax, StandardDeviation,
+    BatchNorm, InstanceNorm, LayerNorm, LogSoftmax, LogSumExp, Mean, RMSNorm, Softmax, StandardDeviation,
     Variance, logsoftmax, logsumexp, mean, softmax, std, var,
+)
+from needle.ops.pool import (
+    AvgPool, FirstMax, MaxPool, adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool,
 )
 from needle.ops.random import RandomUniform
 from needle.ops.reduce import (
     ArgMax, ArgMin, CumSum, Max, Min, Summation, all, any, argmax, argmin, cumsum, max, min,
     norm, prod, summation,
 )
+from needle.ops.resize import interpolate, pixel_shuffle, pixel_unshuffle
 from needle.ops.tuples import (
     FusedAddScalars, MakeTensorTuple, TupleGetItem, fused_add_scalars, make_tuple,
     tuple_get_item,

@@ -243,10 +243,16 @@ class Normalization(Composite):
 
     def expand_gradient(self, out_grad: Tensor, x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
         axes, (xhat, scale) = self.axes(x), self.normalized(x)
+        parts = (out_grad * xhat, out_grad)[: len(affine)]
+        if affine and axes == self.shared(x):  # both sums are the weight's and the bias's gradient
+            over = [summation(part, axes) for part in (out_grad * xhat, out_grad)]
+            means = [reshape(each / count(x, axes), with_ones(x.shape, axes)) for each in over]
+            centred = out_grad - means[1] if self.centred else out_grad
+            slope = scale * self.spread(x, affine)[0]
+            return slope * (centred - xhat * means[0]), *over[: len(affine)]
         g = out_grad * self.spread(x, affine)[0] if affine else out_grad
         centred = g - average(g, axes) if self.centred else g
         dx = scale * (centred - xhat * average(g * xhat, axes))
-        parts = (out_grad * xhat, out_grad)[: len(affine)]
         return dx, *[summation(part, self.shared(x)) for part in parts]
 
 
@@ -286,6 +292,20 @@ class BatchNorm(Normalization):
         return batch_axes(x)
 
     shared = axes
+
+
+@primitive
+class InstanceNorm(Normalization):
+    """The normalisation of each sample's channels, x (n, places, channels) over its places (Ulyanov
+    et al., 2016)"""
+
+    eps: float
+
+    def axes(self, x: Tensor) -> tuple[int, ...]:
+        return (1,)
+
+    def shared(self, x: Tensor) -> tuple[int, ...]:
+        return (0, 1)
 
 
 def batch_axes(x: Tensor) -> tuple[int, ...]:

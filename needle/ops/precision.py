@@ -18,7 +18,9 @@ import needle.ops.index as ix
 import needle.ops.loss as lo
 import needle.ops.movement as mo
 import needle.ops.normalize as no
+import needle.ops.pool as po
 import needle.ops.reduce as re
+import needle.ops.scan as sc
 import needle.ops.tuples as tu
 import needle.ops.update as up
 from needle.autograd import Op
@@ -32,7 +34,8 @@ FLOAT32: tuple[type[Op], ...] = (
     ew.Exp, ew.Expm1, ew.Log, ew.Log1p, ew.Rsqrt, ew.EWisePow, ew.PowerScalar, act.Softplus,
     re.Summation, re.CumSum, no.Mean, no.Variance, no.StandardDeviation,
     no.LogSumExp, no.Softmax, no.LogSoftmax,
-    no.LayerNorm, no.RMSNorm, no.BatchNorm, no.NormalizeWith, lo.PairLoss, lo.ClassLoss,
+    no.LayerNorm, no.RMSNorm, no.BatchNorm, no.InstanceNorm, no.NormalizeWith,
+    lo.PairLoss, lo.ClassLoss,
 )  # fmt: skip
 AS_GIVEN: tuple[type[Op], ...] = (
     # elementwise: in the widest of the operands' dtypes, as everywhere
@@ -43,14 +46,15 @@ AS_GIVEN: tuple[type[Op], ...] = (
     ew.Cast, ew.StopGradient, ew.BroadcastTo, no.Masked,
     act.Sigmoid, act.SiLU, act.GELU, act.ELU, act.LeakyReLU,
     # choice and movement
-    re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd,
+    re.Max, re.Min, po.MaxPool, po.FirstMax, po.AvgPool, re.ArgMax, re.ArgMin, ix.ArgSort,
+    ix.Gather, ix.ScatterAdd, ix.IndexCopy, ix.Checked,
     mo.Reshape, mo.After, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip,
     mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, cv.Windows, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,
     # what never runs in low precision for autocast's sake
     CompositeGradient, RandomUniform, up.ClippedByNorm, up.BiasCorrection, up.SGDUpdate,
     up.AdagradUpdate, up.RMSpropUpdate, up.AdamUpdate, up.LionUpdate, up.AdafactorUpdate,
-    up.Unscaled, up.ScaleUpdate, no.RunningStatistics,
+    up.Unscaled, up.ScaleUpdate, no.RunningStatistics, sc.Scan,
 )  # fmt: skip
 CASTS: dict[type[Op], Callable[[Any], Any]] = {
     **dict.fromkeys(LOW, narrowed),

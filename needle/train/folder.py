@@ -1,6 +1,7 @@
 """The folder of a run, runs/NAME/:
 
-    config.json, metrics.jsonl, checkpoint.safetensors, model.safetensors, curves.png
+    config.json, metrics.jsonl, checkpoint.safetensors, model.safetensors, curves.png;
+    of text, tokenizer.json
 
 metrics.jsonl is written line by line, the others atomically. A checkpoint is a tree: nested dicts
 and lists of Tensors, arrays, numbers and texts, as safetensors. Floats in the tree keep their bits.
@@ -8,7 +9,7 @@ and lists of Tensors, arrays, numbers and texts, as safetensors. Floats in the t
     {"model": {"weight": Tensor}, "step": 7}  ->  a tensor "model.weight", and as metadata the tree
     {"items": [["model", {"items": [["weight", {"tensor": "model.weight"}]]}], ["step", 7]]}
 
-Next: trainer.py.
+Next: generate.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from needle.backend.device import Device, find_device
+from needle.data import Tokenizer, load_tokenizer
 from needle.errors import expect
 from needle.files import AnyPath, FileError, load_tensors, reading, save_tensors, write_atomically
 from needle.nn import Module
@@ -31,14 +33,22 @@ from needle.train.config import TrainConfig
 from needle.train.model import make_model, state_size
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
+VOCABULARY = "tokenizer.json"
 CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
 CHECKPOINT_FORMAT, MODEL_FORMAT = "needle-checkpoint-1", "needle-model-1"
 
 Run = tuple[Path, TrainConfig]
 
 
-def create_run(config: TrainConfig, root: AnyPath = "runs", name: str | None = None) -> Path:
+def create_run(
+    config: TrainConfig,
+    root: AnyPath = "runs",
+    name: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """A new folder root/NAME with its config.json; without a name, of model, data and time.
+
+    tokenizer: of a text, kept beside it.
 
     FileExistsError where the name is taken, ValueError where it is none of a folder.
     """
@@ -55,8 +65,11 @@ def create_run(config: TrainConfig, root: AnyPath = "runs", name: str | None = N
         cure = f"choose another --name, or go on with: needle train --resume {path}"
         raise FileExistsError(f"{path}: expected a new run; received a name in use; {cure}")
     try:
+        if tokenizer is not None:  # first, since a folder with a config.json is a run
+            tokenizer.save(path / VOCABULARY)
         write_atomically(path / CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
     except OSError:
+        (path / VOCABULARY).unlink(missing_ok=True)
         path.rmdir()
         raise
     return path
@@ -74,6 +87,17 @@ def open_run(run: AnyPath, root: AnyPath = "runs", data_dir: str | None = None) 
             return path, replace(config, data_dir=data_dir or config.data_dir)
     expected = "the folder of a run, which has a config.json"
     raise FileNotFoundError(f"{run}: expected {expected}; received a path without one")
+
+
+def load_vocabulary(path: Path, config: TrainConfig) -> Tokenizer | None:
+    """The tokenizer of a run on text, None of others; FileError where it is another's."""
+    if config.data != "text":
+        return None
+    tokenizer = load_tokenizer(path / VOCABULARY)
+    with reading(path / VOCABULARY, f"a vocabulary of {config.vocab_size}, as in {CONFIG}"):
+        received = f"one of {tokenizer.vocab_size}"
+        expect(tokenizer.vocab_size == config.vocab_size, received)
+    return tokenizer
 
 
 # Models
@@ -113,6 +137,8 @@ def load_format(path: AnyPath, name: str) -> tuple[dict[str, np.ndarray], dict[s
 def check_size(file: Path, config: TrainConfig, tensors: Any) -> None:
     """Refuse another size than the configured model's, before memory is taken for that."""
     size, sides = state_size(config), f"{config.hidden_dim} and num_blocks {config.num_blocks}"
+    if size is None:
+        return
     with reading(file, f"the {size} numbers of a model of hidden_dim {sides}"):
         received = sum(x.size for x in tensors.values())
         expect(received == size, f"{received} numbers")

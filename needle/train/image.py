@@ -1,49 +1,50 @@
-"""Any picture as a model's input: grey, of the model's size, light strokes on a dark ground.
+"""Any picture as a model's input: of the model's size; for a model of grey images, light strokes on
+a dark ground.
 
-In: a file that nobody vouches for, decoded by Pillow. Out: float32 (height, width, 1) in [0, 1].
-Next: folder.py.
+In: a file. Out: float32 (height, width, channels) in [0, 1]. Next: folder.py.
 """
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from needle.errors import expect
-from needle.files import AnyPath, import_extra, reading
+from needle.data.picture import as_rgb, decode_picture
+from needle.files import AnyPath
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
-MOST_PIXELS = 64_000_000
 NEAR = 512  # pixels along a side; a picture of at least twice as many first shrinks by a factor
 
 
-def read_image(path: AnyPath, height: int, width: int, span: float = 1.0) -> np.ndarray:
-    """The picture in a file, (height, width, 1).
+def read_image(path: AnyPath, shape: tuple[int, int, int], span: float = 1.0) -> np.ndarray:
+    """The picture in a file, of a shape (height, width, channels).
 
-    A transparent one is put on the ground that its strokes contrast with, one with a light ground
-    is inverted. One of another size is resized in its own proportions; if its strokes span much
-    less of it than `span`, the share that they span in the model's data, it is cropped to them.
-    FileError where the file cannot be decoded or has more than 64 million pixels,
-    FileNotFoundError where there is none, ImportError without Pillow.
+    With three channels it is resized in its own proportions and cut to the middle. With one: a
+    transparent one is put on the ground that its strokes contrast with, one with a light ground is
+    inverted. One of another size is resized in its own proportions; if its strokes span much less
+    of it than `span`, the share that they span in the model's data, it is cropped to them.
+    The errors of `decode_picture`.
     """
-    pillow = import_extra("PIL.Image", "data")
-    message = f"{path}: expected a picture; received a path without a file"
-    expect(Path(path).is_file(), message, FileNotFoundError)
-    expected = f"a picture ({', '.join(FORMATS)}) of at most {MOST_PIXELS:,} pixels"
-    # Pillow warns of many pixels, too, where the limit is lower here.
-    with reading(path, expected), warnings.catch_warnings(action="ignore"):
-        with pillow.open(path, formats=FORMATS) as image:
-            expect(image.width * image.height <= MOST_PIXELS, f"a size of {image.size}")
-            grey = make_grey(pillow, image)
+    height, width, channels = shape
+    if channels == 3:
+        return decode_picture(path, partial(cut_colour, (width, height)))
+    pillow, grey = decode_picture(path, lambda *given: (given[0], make_grey(*given)))
     pixels = np.asarray(grey)
     ground = np.median([*pixels[0], *pixels[-1], *pixels[:, 0], *pixels[:, -1]])
     if grey.size != (width, height):
         pixels = np.asarray(fit(pillow, grey, int(ground), height, width, span))
     dark = 255 - pixels if ground > 127.5 else pixels
     return dark[..., None] / np.float32(255)
+
+
+def cut_colour(size: tuple[int, int], pillow: Any, image: Any) -> np.ndarray:
+    """The middle of a picture in red, green and blue, as large as has the size's proportions."""
+    rgb = as_rgb(pillow, image)
+    scale = min(side / new for side, new in zip(rgb.size, size, strict=True))
+    margins = [(side - new * scale) / 2 for side, new in zip(rgb.size, size, strict=True)]
+    box = (*margins, *(side - margin for side, margin in zip(rgb.size, margins, strict=True)))
+    return np.asarray(rgb.resize(size, pillow.Resampling.BILINEAR, box)) / np.float32(255)
 
 
 def make_grey(pillow: Any, image: Any) -> Any:

@@ -1,8 +1,9 @@
 """Where a run stands, and how it got there: metrics.jsonl, and curves.png drawn from it.
 
-metrics.jsonl has a JSON object per line, for every step and every epoch ("kind" says which). A line
-is written by one system call, so that nobody reads half of one, not even after a kill. A run that
-goes on from a checkpoint first cuts off what was written after it. Next: image.py.
+metrics.jsonl has a JSON object per line, for every step and every evaluation; "kind" says which
+("step"; "epoch", or "evaluation" where these have a period of their own). A line is written by one
+system call, so that nobody reads half of one, not even after a kill. A run that goes on from a
+checkpoint first cuts off what was written after it. Next: image.py.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ KEPT = ("epoch", "step", "step_in_epoch", "samples", "correct", "loss_sum", "sec
 
 @dataclass
 class Progress:
-    """Where a run stands. record: the line in metrics.jsonl of an epoch that has just ended."""
+    """Where a run stands. record: the line in metrics.jsonl of an evaluation that has just ended.
 
-    epochs: int
+    steps: of the whole run; period: of training between two evaluations.
+    """
+
+    steps: int
     steps_per_epoch: int
-    epoch: int = 1  # from 1; beyond `epochs` when all are through
-    step: int = 0  # of all epochs
+    period: int
+    epoch: int = 1  # from 1, of the latest step; so is step_in_epoch
+    step: int = 0
     step_in_epoch: int = 0
-    samples: int = 0  # of this epoch, like what follows
+    samples: int = 0  # since the latest evaluation, like what follows
     correct: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
@@ -43,12 +48,12 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """The mean over this epoch's samples so far."""
+        """The mean over the samples since the latest evaluation."""
         return self.loss_sum / max(self.samples, 1)
 
     @property
     def accuracy(self) -> float:
-        """The share of this epoch's samples so far that were predicted right, in training."""
+        """The share of them that were predicted right, in training."""
         return self.correct / max(self.samples, 1)
 
     @property
@@ -56,12 +61,32 @@ class Progress:
         return self.samples / max(self.seconds, 1e-9)
 
     @property
-    def finished(self) -> bool:
-        return self.epoch > self.epochs
+    def epochs(self) -> int:
+        """Passes over the data, the last one perhaps not whole."""
+        return -(-self.steps // self.steps_per_epoch)
 
-    def at_next_epoch(self) -> Progress:
-        """The same run where its next epoch begins."""
-        return Progress(self.epochs, self.steps_per_epoch, self.epoch + 1, self.step)
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    @property
+    def due(self) -> bool:
+        """Whether an evaluation follows the latest step."""
+        return self.step % self.period == 0 or self.finished
+
+    def count(self, samples: int, correct: int, loss: float) -> None:
+        """One more step, with the mean loss of its samples."""
+        self.step += 1
+        self.epoch, place = divmod(self.step - 1, self.steps_per_epoch)
+        self.epoch, self.step_in_epoch = self.epoch + 1, place + 1
+        self.samples += samples
+        self.correct += correct
+        self.loss_sum += loss * samples
+
+    def after_evaluation(self) -> Progress:
+        """The same run where the next step begins."""
+        place = self.epoch, self.step, self.step_in_epoch
+        return Progress(self.steps, self.steps_per_epoch, self.period, *place)
 
     def state_dict(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in KEPT}
@@ -76,6 +101,8 @@ class Progress:
 
     def __str__(self) -> str:
         place = f"epoch {self.epoch}, step {self.step_in_epoch}/{self.steps_per_epoch}"
+        if self.period != self.steps_per_epoch:
+            place = f"step {self.step}/{self.steps}"
         return place if self.step else "the beginning"
 
 
@@ -123,13 +150,15 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Draw loss and accuracy over the steps of a metrics.jsonl as a PNG.
+    """Draw loss and accuracy, of text loss and perplexity, over the steps of a metrics.jsonl.
 
-    ImportError without Matplotlib, OSError as in `write_atomically`.
+    A PNG. ImportError without Matplotlib, OSError as in `write_atomically`.
     """
     figure = import_extra("matplotlib.figure", "plot").Figure((10, 4), layout="constrained")
     records = read_metrics(metrics)
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    text = any("perplexity" in record for record in records)
+    names = ("loss", "perplexity" if text else "accuracy")
+    for axes, name in zip(figure.subplots(1, 2), names, strict=True):
         for key, style in (
             (name, {"color": "tab:blue", "alpha": 0.25, "linewidth": 0.8}),
             (f"train_{name}", {"color": "tab:blue", "label": "train"}),
@@ -138,6 +167,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
             held = [record for record in records if key in record]
             axes.plot([each["step"] for each in held], [each[key] for each in held], **style)
         axes.set(xlabel="step", ylabel=name)
+        if name == "perplexity":
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
     picture = BytesIO()

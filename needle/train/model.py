@@ -1,10 +1,4 @@
-"""The model of a run, the MLP-ResNet of CMU 10-414/714, and what it is worth on data.
-
-Residual blocks (He et al., 2016) of linear layers:
-
-    x -> Flatten -> Linear(features, hidden) -> ReLU -> blocks -> Linear(hidden, classes)
-    block(x) = relu(x + branch(x)), branch: Linear(hidden, hidden // 2) -> BatchNorm -> ReLU
-        -> Dropout -> Linear(hidden // 2, hidden) -> BatchNorm
+"""The model of a run (needle/models/), and what it is worth on data.
 
 Next: metrics.py.
 """
@@ -12,77 +6,122 @@ Next: metrics.py.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from needle import nn, ops
 from needle.autograd import Tensor, no_grad
 from needle.backend.device import Device
-from needle.data import DataLoader, ImageDataset
-from needle.train.config import TASKS, TrainConfig
+from needle.data import DataLoader, TokenDataset
+from needle.models import LSTMLanguageModel, ResNet9, make_mlp_resnet
+from needle.train.config import TrainConfig
+from needle.train.task import TASKS, enlarge
 
 TEST_BATCH = 1000
-
-
-def make_block(dim: int, hidden: int, dropout: float, device: Device | None) -> nn.Module:
-    """One block, (n, dim) -> (n, dim)."""
-    first, norm = nn.Linear(dim, hidden, device=device), nn.BatchNorm1d(hidden, device=device)
-    last = nn.Linear(hidden, dim, device=device), nn.BatchNorm1d(dim, device=device)
-    branch = nn.Sequential(first, norm, nn.ReLU(), nn.Dropout(dropout), *last)
-    return nn.Sequential(nn.Residual(branch), nn.ReLU())
+TEST_TOKENS = 8192  # in a batch of windows
 
 
 def make_model(config: TrainConfig, device: Device | None = None) -> nn.Module:
-    """The configured model with random parameters, (n, height, width, channels) -> (n, classes)."""
-    task, hidden = TASKS[config.data], config.hidden_dim
-    layers = [nn.Flatten(), nn.Linear(math.prod(task.shape), hidden, device=device), nn.ReLU()]
-    for _ in range(config.num_blocks):
-        layers.append(make_block(hidden, hidden // 2, config.dropout, device))
-    return nn.Sequential(*layers, nn.Linear(hidden, len(task.classes), device=device))
+    """The configured model with random parameters.
+
+    Images (n, height, width, channels), for resnet9 (n, 3, 32, 32) -> (n, classes); tokens (n, t)
+    -> (n, t, vocab_size).
+    """
+    if config.data == "text":
+        return make_language_model(config, device)
+    classes = len(TASKS[config.data].classes)
+    if config.model == "resnet9":
+        return ResNet9(classes, device=device)
+    features = math.prod(TASKS[config.data].shape)
+    numbers = config.hidden_dim, config.num_blocks, classes, config.dropout
+    return make_mlp_resnet(features, *numbers, device)
 
 
-def state_size(config: TrainConfig) -> int:
-    """How many numbers the configured model's parameters and running statistics are."""
-    task, hidden, half = TASKS[config.data], config.hidden_dim, config.hidden_dim // 2
-    block = (hidden + 1) * half + (half + 1) * hidden + 4 * (half + hidden)
-    outer = (math.prod(task.shape) + 1) * hidden + (hidden + 1) * len(task.classes)
-    return outer + config.num_blocks * block
+class BatchFirst(nn.Module):
+    """LSTMLanguageModel with the axes of the other models: tokens (n, t) -> logits (n, t, vocab).
+
+    Called with a state it gives the next one, too.
+    """
+
+    def __init__(self, model: LSTMLanguageModel) -> None:
+        self.model = model
+
+    def forward(self, tokens: Tensor, state: Any = None) -> Any:
+        logits, after = self.model(tokens.transpose(), state)
+        batch, steps = tokens.shape
+        logits = logits.reshape((steps, batch, logits.shape[-1])).transpose((0, 1))
+        return logits if state is None else (logits, after)
+
+
+def make_language_model(config: TrainConfig, device: Device | None) -> nn.Module:
+    vocabulary, width = config.vocab_size, config.hidden_dim
+    sizes = width, width, config.num_blocks, config.dropout
+    return BatchFirst(LSTMLanguageModel(vocabulary, *sizes, device=device))
+
+
+def state_size(config: TrainConfig) -> int | None:
+    """How many numbers the configured model's parameters and running statistics are; None for one
+    whose size the configuration does not decide."""
+    if config.model == "resnet9":
+        return None
+    width, blocks, vocabulary = config.hidden_dim, config.num_blocks, config.vocab_size
+    if config.model == "lstm":
+        return blocks * 8 * width * (width + 1) + (2 * width + 1) * vocabulary
+    half, task = width // 2, TASKS[config.data]
+    block = (width + 1) * half + (half + 1) * width + 4 * (half + width)
+    return (math.prod(task.shape) + 1) * width + blocks * block + (width + 1) * len(task.classes)
 
 
 class Evaluation(NamedTuple):
-    """loss: the mean cross-entropy.
+    """loss: the mean cross-entropy. accuracy: the share of predictions that are right.
 
-    confusion: how many samples there are of each true (rows) and predicted (columns) class, int64.
+    samples: how many predictions there are. confusion: of each true (rows) and predicted (columns)
+    class, int64; None where classes are tokens.
     """
 
     loss: float
-    confusion: np.ndarray
-
-    @property
-    def accuracy(self) -> float:
-        """The share of samples that are predicted right."""
-        return float(np.trace(self.confusion) / self.confusion.sum())
+    accuracy: float
+    samples: int
+    confusion: np.ndarray | None
 
 
-def evaluate(model: nn.Module, dataset: ImageDataset, classes: int) -> Evaluation:
-    """The model in evaluation mode on all samples; its mode is put back afterwards."""
+def evaluate(model: nn.Module, dataset: Any, classes: int | None) -> Evaluation:
+    """The model in evaluation mode on all samples; its mode is put back afterwards.
+
+    classes: how many there are, for a confusion matrix.
+    """
     training, device = model.training, model.parameters()[0].device
-    confusion, total = np.zeros((classes, classes), np.int64), 0.0
+    confusion = None if classes is None else np.zeros((classes, classes), np.int64)
+    total, right, samples = 0.0, 0, 0
+    windows = isinstance(dataset, TokenDataset)
+    batch = max(1, TEST_TOKENS // dataset.block_size) if windows else TEST_BATCH
     model.eval()
     try:
         with no_grad():
-            for x, y in DataLoader(dataset, TEST_BATCH, seed=0, device=device):
-                logits = model(x)
+            for x, y in DataLoader(dataset, batch, seed=0, device=device):
+                logits, y = in_rows(model(x), y)
                 total += nn.functional.cross_entropy(logits, y, reduction="sum").item()
-                np.add.at(confusion, (y.numpy(), logits.numpy().argmax(1)), 1)
+                said, labels = ops.argmax(logits, 1).numpy(), y.numpy()
+                right, samples = right + int((said == labels).sum()), samples + len(labels)
+                if confusion is not None:
+                    np.add.at(confusion, (labels, said), 1)
     finally:
         model.train(training)
-    return Evaluation(total / len(dataset), confusion)
+    return Evaluation(total / samples, right / samples, samples, confusion)
+
+
+def in_rows(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (..., classes) and labels (...) with a row for each prediction."""
+    if logits.ndim == 2:
+        return logits, y
+    return logits.reshape((-1, logits.shape[-1])), y.reshape((-1,))
 
 
 def class_probabilities(model: nn.Module, image: np.ndarray) -> np.ndarray:
     """The softmax of the model, in evaluation mode, for an image (height, width, channels)."""
+    if isinstance(model, ResNet9):
+        image = enlarge(image[None])[0].transpose(2, 0, 1)
     model.eval()
     with no_grad():
         x = Tensor(image[None], device=model.parameters()[0].device)

@@ -2,7 +2,7 @@
 
 All that a step depends on is in the checkpoint: parameters and running statistics, optimizer,
 schedule, the loader's place, the random generator, and the sums behind the numbers shown. It is
-written before the first step, every `checkpoint_every` steps, after every epoch and on Ctrl-C.
+written before the first step, every `checkpoint_every` steps, after every evaluation and on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from needle import init, optim
 from needle.autograd import Tensor, autocast, no_grad
-from needle.data import DataLoader
+from needle.data import DataLoader, Tokenizer
 from needle.dtype import bfloat16
 from needle.errors import expect
 from needle.files import AnyPath, reading, remove_partial_files
 from needle.jit import jit
-from needle.nn import Module, SoftmaxLoss
+from needle.nn import Module
+from needle.nn.functional import cross_entropy
 from needle.ops import argmax, equal
 from needle.optim import Optimizer, Schedule
 from needle.train import folder
-from needle.train.config import TASKS, TrainConfig, open_data
+from needle.train.config import TrainConfig
 from needle.train.metrics import MetricsFile, Progress
-from needle.train.model import evaluate, make_model
+from needle.train.model import evaluate, in_rows, make_model
+from needle.train.task import TASKS, make_tokenizer, measures, open_data
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmsprop": optim.RMSprop,
@@ -55,18 +59,22 @@ class Trainer:
 
     path: Path  # the run's folder, set by start and resume
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.data, self.test_data = open_data(config, train=True), open_data(config, train=False)
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
+        if config.data == "text":
+            tokenizer = tokenizer or make_tokenizer(config)
+            config = replace(config, vocab_size=tokenizer.vocab_size)
+        self.config, self.tokenizer = config, tokenizer
+        self.data, self.test_data = (open_data(config, part, tokenizer) for part in (True, False))
         device = folder.usable_device(config.device)
         init.seed(config.seed)
         self.model = make_model(config, device)
-        self.loss = SoftmaxLoss()
         self.optimizer = make_optimizer(config, self.model)
         batch, seed = config.batch_size, config.seed
         self.loader = DataLoader(self.data, batch, shuffle=True, seed=seed, device=device)
-        self.schedule = make_schedule(config, self.optimizer, config.epochs * len(self.loader))
-        self.progress = Progress(config.epochs, len(self.loader))
+        epoch = len(self.loader)
+        steps = config.max_steps or config.epochs * epoch
+        self.schedule = make_schedule(config, self.optimizer, steps)
+        self.progress = Progress(steps, epoch, config.eval_every or epoch)
         self.compiles = config.jit and config.device == "cpu"
         self.update = jit(self.train_on_batch) if self.compiles else self.train_on_batch
         self.compile_seconds: float | None = None  # the first step's, where it was compiled
@@ -75,7 +83,7 @@ class Trainer:
     def start(cls, config: TrainConfig, root: AnyPath = "runs", name: str | None = None) -> Trainer:
         """A new run in a new folder; the errors of `create_run`."""
         trainer = cls(config)
-        trainer.path = folder.create_run(config, root, name)
+        trainer.path = folder.create_run(trainer.config, root, name, trainer.tokenizer)
         return trainer
 
     @classmethod
@@ -87,7 +95,7 @@ class Trainer:
         state = folder.load_checkpoint(file) if file.exists() else None
         if state is not None:
             folder.check_size(file, config, state.get("model"))
-        trainer = cls(config)
+        trainer = cls(config, folder.load_vocabulary(path, config))
         trainer.path = path
         if state is not None:  # it was not killed before its first checkpoint
             trainer.restore(state)
@@ -115,7 +123,7 @@ class Trainer:
     # Training
 
     def fit(self, watch: Callable[[Progress], None] = lambda progress: None) -> None:
-        """Train to the end of the last epoch; `watch` is called after every step and every epoch.
+        """Train to the last step; `watch` is called after every step and every evaluation.
 
         Ctrl-C ends it after a whole step, with a checkpoint, and raises Interrupted.
         """
@@ -124,25 +132,34 @@ class Trainer:
             if self.progress.step == 0:
                 self.save(metrics)
             self.model.train()
-            while not self.progress.finished:
-                start = time.perf_counter() - self.progress.seconds
-                for x, y in self.loader:
-                    self.run_step(x, y, metrics)
-                    self.progress.seconds = time.perf_counter() - start
-                    watch(self.progress)
+            start = time.perf_counter() - self.progress.seconds
+            for x, y in self.batches():
+                self.run_step(x, y, metrics)
+                self.progress.seconds = time.perf_counter() - start
+                watch(self.progress)
+                if not self.progress.due:
                     self.save_between(metrics, interrupted.is_set())
+                    continue
                 self.run_test(metrics)
                 watch(self.progress)
-                self.progress = self.progress.at_next_epoch()
+                self.progress = self.progress.after_evaluation()
                 self.save(metrics)
+                start = time.perf_counter()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of all steps that are left, epoch after epoch."""
+        while not self.progress.finished:
+            yield from islice(self.loader, self.progress.steps - self.progress.step)
 
     def train_on_batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Update the parameters once; the loss, and how many predictions were right."""
         with autocast(bfloat16, self.config.precision == "bfloat16"):
-            logits = self.model(x)
-            loss = self.loss(logits, y)
+            logits, y = in_rows(self.model(x), y)
+            loss = cross_entropy(logits, y)
         with no_grad():
             loss.backward()
+        if self.config.max_norm:
+            self.optimizer.clip_grad_norm(self.config.max_norm)
         self.optimizer.step()
         self.optimizer.reset_grad()
         return loss.detach(), equal(argmax(logits, 1), y).sum()
@@ -154,31 +171,31 @@ class Trainer:
         if self.compile_seconds is None and self.compiles:
             self.compile_seconds = time.perf_counter() - start
         loss, correct = found[0].item(), int(found[1])
-        progress.step += 1
-        progress.step_in_epoch += 1
-        progress.samples += len(y)
-        progress.correct += correct
-        progress.loss_sum += loss * len(y)
+        progress.count(y.size, correct, loss)
         record = {"kind": "step", "step": progress.step, "epoch": progress.epoch}
-        record |= {"loss": loss, "accuracy": correct / len(y), "lr": self.optimizer.lr}
-        metrics.append(record)
+        record |= measures(self.data, loss, correct / y.size)
+        metrics.append({**record, "lr": self.optimizer.lr})
         self.schedule.step()
 
     def save_between(self, metrics: MetricsFile, interrupted: bool) -> None:
-        """After a step that does not end an epoch: write a checkpoint where one is due."""
-        due = interrupted or self.progress.step % self.config.checkpoint_every == 0
-        if due and self.progress.step_in_epoch < self.progress.steps_per_epoch:
+        """After a step that no evaluation follows: write a checkpoint where one is due."""
+        if interrupted or self.progress.step % self.config.checkpoint_every == 0:
             self.save(metrics)
             if interrupted:
                 raise Interrupted
 
     def run_test(self, metrics: MetricsFile) -> None:
-        """Evaluate at the end of an epoch; write its record and the model."""
-        progress = self.progress
-        found = evaluate(self.model, self.test_data, len(TASKS[self.config.data].classes))
-        record = {"kind": "epoch", "step": progress.step, "epoch": progress.epoch}
-        record |= {"train_loss": progress.loss, "train_accuracy": progress.accuracy}
-        record |= {"test_loss": found.loss, "test_accuracy": found.accuracy}
+        """Evaluate; write the record of that and the model."""
+        progress, task = self.progress, TASKS.get(self.config.data)
+        found = evaluate(self.model, self.test_data, task and len(task.classes))
+        kind = "evaluation" if self.config.eval_every else "epoch"
+        record: dict[str, Any] = {"kind": kind, "step": progress.step, "epoch": progress.epoch}
+        for part, data, (loss, accuracy) in (
+            ("train", self.data, (progress.loss, progress.accuracy)),
+            ("test", self.test_data, found[:2]),
+        ):
+            measured = measures(data, loss, accuracy)
+            record |= {f"{part}_{name}": value for name, value in measured.items()}
         progress.record = {**record, "samples_per_second": progress.samples_per_second}
         metrics.append(progress.record)
         folder.save_model(self.path, self.model)
@@ -219,7 +236,16 @@ def make_optimizer(config: TrainConfig, model: Module) -> Optimizer:
     options = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
-    return OPTIMIZERS[config.optimizer](model.parameters(), **options)
+    if config.optimizer in ("adam", "adamw"):
+        options |= {"beta1": config.beta1, "beta2": config.beta2}
+    groups: list[Any] = model.parameters()
+    if not config.decay_vectors:
+        vectors = {p for p in groups if p.size == max(p.shape, default=1)}
+        matrices = [p for p in groups if p not in vectors]
+        rest = [p for p in groups if p in vectors]
+        parts = {"params": matrices}, {"params": rest, "weight_decay": 0.0}
+        groups = [part for part in parts if part["params"]]
+    return OPTIMIZERS[config.optimizer](groups, **options)
 
 
 def make_schedule(config: TrainConfig, optimizer: Optimizer, steps: int) -> Schedule:
@@ -227,9 +253,10 @@ def make_schedule(config: TrainConfig, optimizer: Optimizer, steps: int) -> Sche
 
     step: to a tenth after each third; exponential: to a hundredth at the end.
     """
+    warmup = min(config.warmup_steps, steps // 2)
     kind, options = {
         "constant": (optim.ConstantLR, ()),
-        "cosine": (optim.CosineLR, (steps,)),
+        "cosine": (optim.CosineLR, (steps, warmup, config.min_lr)),
         "one_cycle": (optim.OneCycleLR, (config.lr, steps)),
         "step": (optim.StepLR, (math.ceil(steps / 3),)),
         "exponential": (optim.ExponentialLR, (0.01 ** (1 / steps),)),

@@ -1,26 +1,36 @@
-"""A two-layer network trained by hand: autograd and nothing else, no layers and no optimizer.
+"""A two-layer network trained by hand: autograd and nothing else, no layers and no optimizer; then
+the training loops of the course's later assignments, for images and for text.
 
     python examples/simple_ml.py                 the embedded digits
     python examples/simple_ml.py --data FOLDER   MNIST, from a folder with its four IDX files
 
 In: images as rows of a matrix X (n, features) and labels y (n,). Out: the weights W1 (features,
 hidden) and W2 (hidden, classes) of logits = relu(X @ W1) @ W2. Next: mlp_resnet.py, the same with
-layers, an optimizer and a data loader.
+layers, an optimizer and a data loader; models.py, what `train_cifar10` and `train_ptb` train.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import needle as ndl
-from needle.data import digits, parse_mnist
+from needle import nn
+from needle.data import DataLoader, digits, get_batch, parse_mnist
 
-__all__ = ["loss_err", "nn_epoch", "parse_mnist", "softmax_loss"]
+__all__ = [
+    "epoch_general_cifar10", "epoch_general_ptb", "evaluate_cifar10", "evaluate_ptb", "loss_err",
+    "nn_epoch", "parse_mnist", "softmax_loss", "train_cifar10", "train_ptb",
+]  # fmt: skip
 
+SEED = 4  # the course's, which its functions give NumPy's generator whenever they are called
 Arrays = tuple[np.ndarray, np.ndarray]
+Loss = Callable[[ndl.Tensor, ndl.Tensor], ndl.Tensor]
+Stats = tuple[float, float]  # accuracy, loss: means over samples, or over tokens
 
 
 def softmax_loss(Z: ndl.Tensor, y_one_hot: ndl.Tensor) -> ndl.Tensor:
@@ -52,6 +62,135 @@ def loss_err(h: ndl.Tensor, y: np.ndarray) -> tuple[np.ndarray, float]:
     """The softmax loss and the error rate of logits h (n, classes) for labels y (n,)."""
     labels = ndl.init.one_hot(h.shape[1], y)
     return softmax_loss(h, labels).numpy(), float(np.mean(h.numpy().argmax(axis=1) != y))
+
+
+# Training loops, by the course's names and with its draws of random numbers
+
+
+def run_epoch(
+    batches: Iterable[tuple[ndl.Tensor, ndl.Tensor]],
+    forward: Callable[[ndl.Tensor], ndl.Tensor],
+    loss_fn: Loss,
+    opt: ndl.optim.Optimizer | None,
+    clip: float | None = None,
+) -> Stats:
+    """One pass over batches (x, labels), which trains where there is an optimizer."""
+    correct, total, count = 0, 0.0, 0
+    for x, y in batches:
+        logits = forward(x)
+        loss = loss_fn(logits, y)
+        if opt is not None:
+            opt.reset_grad()
+            loss.backward()
+            if clip is not None:
+                opt.clip_grad_norm(clip)
+            opt.step()
+        correct += int((logits.numpy().argmax(axis=1) == y.numpy()).sum())
+        total += float(loss) * len(y)
+        count += len(y)
+    return correct / count, total / count
+
+
+def epoch_general_cifar10(
+    dataloader: DataLoader,
+    model: nn.Module,
+    loss_fn: Loss | None = None,
+    opt: ndl.optim.Optimizer | None = None,
+) -> Stats:
+    """One pass over images, in training mode where there is an optimizer: accuracy, loss."""
+    np.random.seed(SEED)
+    model.train() if opt is not None else model.eval()
+    return run_epoch(dataloader, model, loss_fn or nn.SoftmaxLoss(), opt)
+
+
+def train_cifar10(
+    model: nn.Module,
+    dataloader: DataLoader,
+    n_epochs: int = 1,
+    optimizer: Callable[..., ndl.optim.Optimizer] = ndl.optim.Adam,
+    lr: float = 0.001,
+    weight_decay: float = 0.001,
+    loss_fn: Callable[[], Loss] = nn.SoftmaxLoss,
+) -> Stats:
+    """Train a model of images: accuracy and loss over the last epoch."""
+    np.random.seed(SEED)
+    opt = optimizer(model.parameters(), lr=lr, weight_decay=weight_decay)
+    epochs = [epoch_general_cifar10(dataloader, model, loss_fn(), opt) for _ in range(n_epochs)]
+    return epochs[-1]
+
+
+def evaluate_cifar10(
+    model: nn.Module, dataloader: DataLoader, loss_fn: Callable[[], Loss] = nn.SoftmaxLoss
+) -> Stats:
+    """Accuracy and loss of a model of images."""
+    np.random.seed(SEED)
+    with ndl.no_grad():
+        return epoch_general_cifar10(dataloader, model, loss_fn())
+
+
+def epoch_general_ptb(
+    data: np.ndarray,
+    model: nn.Module,
+    seq_len: int = 40,
+    loss_fn: Loss | None = None,
+    opt: ndl.optim.Optimizer | None = None,
+    clip: float | None = None,
+    device: Any = None,
+    dtype: Any = "float32",
+) -> Stats:
+    """One pass over the tokens (steps, batch) of `batchify`, seq_len steps at a time: accuracy,
+    loss. The state goes on from piece to piece, its history does not."""
+    np.random.seed(SEED)
+    model.train() if opt is not None else model.eval()
+    state: Any = None
+
+    def forward(x: ndl.Tensor) -> ndl.Tensor:
+        nonlocal state
+        logits, state = model(x, state)
+        state = tuple(h.detach() for h in state) if isinstance(state, tuple) else state.detach()
+        return logits
+
+    starts = range(0, len(data) - 1, seq_len)
+    batches = (get_batch(data, start, seq_len, device=device, dtype=dtype) for start in starts)
+    return run_epoch(batches, forward, loss_fn or nn.SoftmaxLoss(), opt, clip)
+
+
+def train_ptb(
+    model: nn.Module,
+    data: np.ndarray,
+    seq_len: int = 40,
+    n_epochs: int = 1,
+    optimizer: Callable[..., ndl.optim.Optimizer] = ndl.optim.SGD,
+    lr: float = 4.0,
+    weight_decay: float = 0.0,
+    loss_fn: Callable[[], Loss] = nn.SoftmaxLoss,
+    clip: float | None = None,
+    device: Any = None,
+    dtype: Any = "float32",
+) -> Stats:
+    """Train a language model: accuracy and loss per token over the last epoch."""
+    np.random.seed(SEED)
+    opt = optimizer(model.parameters(), lr=lr, weight_decay=weight_decay)
+    settings = loss_fn(), opt, clip, device, dtype
+    epochs = [epoch_general_ptb(data, model, seq_len, *settings) for _ in range(n_epochs)]
+    return epochs[-1]
+
+
+def evaluate_ptb(
+    model: nn.Module,
+    data: np.ndarray,
+    seq_len: int = 40,
+    loss_fn: Callable[[], Loss] = nn.SoftmaxLoss,
+    device: Any = None,
+    dtype: Any = "float32",
+) -> Stats:
+    """Accuracy and loss per token of a language model."""
+    np.random.seed(SEED)
+    with ndl.no_grad():
+        return epoch_general_ptb(data, model, seq_len, loss_fn(), device=device, dtype=dtype)
+
+
+# What this file does as a program
 
 
 def read_data(folder: Path | None, train: bool) -> Arrays:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -27,12 +26,6 @@ settings.load_profile("needle")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
-
-
-def pytest_collection_finish() -> None:
-    """The collector need not look again at modules and 10,000 tests: a third of what it costs."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -71,19 +71,25 @@ NAMES = {
     "needle.ops": """add add_scalar multiply mul_scalar power power_scalar divide divide_scalar
         matmul summation broadcast_to reshape negate transpose log exp relu tanh logsumexp
         logsoftmax stack
-        split flip dilate undilate make_tuple tuple_get_item fused_add_scalars
+        split flip dilate undilate conv make_tuple tuple_get_item fused_add_scalars
         EWiseAdd AddScalar EWiseMul MulScalar EWisePow PowerScalar EWiseDiv DivScalar Transpose
         Reshape BroadcastTo Summation MatMul Negate Log Exp ReLU Tanh LogSumExp LogSoftmax Stack
-        Split Flip Dilate UnDilate""",
+        Split Flip Dilate UnDilate Conv""",
     "needle.init": """rand randn constant ones zeros randb one_hot zeros_like ones_like
         kaiming_uniform kaiming_normal xavier_uniform xavier_normal""",
     "needle.nn": """Module Parameter Identity Linear Flatten ReLU Sequential Residual Dropout
-        SoftmaxLoss LayerNorm1d BatchNorm1d Tanh Sigmoid nn_basic""",
+        SoftmaxLoss LayerNorm1d BatchNorm1d BatchNorm2d Conv Embedding RNNCell LSTMCell RNN LSTM
+        MultiHeadAttention AttentionLayer TransformerLayer Transformer Tanh Sigmoid
+        nn_basic nn_conv nn_sequence nn_transformer""",
+    "needle.nn.nn_conv": "Conv BatchNorm2d",
+    "needle.nn.nn_sequence": "Sigmoid RNNCell RNN LSTMCell LSTM",
+    "needle.nn.nn_transformer": """MultiHeadAttention AttentionLayer TransformerLayer
+        Transformer""",
     "needle.nn.nn_basic": """Module Parameter Identity Linear Flatten ReLU Sequential Residual
         Dropout SoftmaxLoss LayerNorm1d BatchNorm1d""",
     "needle.optim": "Optimizer SGD Adam",
     "needle.data": """Dataset DataLoader MNISTDataset NDArrayDataset RandomFlipHorizontal
-        RandomCrop""",
+        RandomCrop CIFAR10Dataset Corpus batchify get_batch""",
     "needle.backend_ndarray": """cpu cuda cpu_numpy default_device all_devices BackendDevice NDArray
         array empty full broadcast_to reshape maximum log exp tanh sum flip""",
     "needle.backend_selection": """BACKEND array_api NDArray Device cpu cuda cpu_numpy all_devices
@@ -96,6 +102,17 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     nn.LayerNorm1d: "dim eps device dtype",
     nn.BatchNorm1d: "dim eps momentum device dtype",
     nn.Residual: "fn",
+    nn.Conv: "in_channels out_channels kernel_size stride bias device dtype",
+    nn.BatchNorm2d: "dim eps momentum device dtype",
+    nn.Embedding: "num_embeddings embedding_dim device dtype",
+    nn.RNNCell: "input_size hidden_size bias nonlinearity device dtype",
+    nn.LSTMCell: "input_size hidden_size bias device dtype",
+    nn.RNN: "input_size hidden_size num_layers bias nonlinearity device dtype",
+    nn.LSTM: "input_size hidden_size num_layers bias device dtype",
+    nn.TransformerLayer: "q_features num_head dim_head hidden_size",
+    nn.Transformer: "embedding_size hidden_size num_layers",
+    ndl.data.CIFAR10Dataset: "folder train p transforms",
+    ndl.data.get_batch: "batches i bptt device dtype",
     ndl.optim.SGD: "params lr momentum weight_decay",
     ndl.optim.Adam: "params lr beta1 beta2 eps weight_decay",
     ndl.data.DataLoader: "dataset batch_size shuffle",

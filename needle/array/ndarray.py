@@ -129,6 +129,11 @@ class NDArray:
         start = handle.ptr() + offset * dtype.itemsize
         return NDArray.at(source, start - source.ptr, seen)
 
+    @staticmethod
+    def compact_strides(shape: Sequence[int]) -> tuple[int, ...]:
+        """The strides of a compact array of a shape, in elements."""
+        return compact_strides(shape)
+
     # What it is
 
     @property
@@ -141,8 +146,14 @@ class NDArray:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The distance between neighbours along each axis, in elements."""
-        return self.form.strides
+        """The distance between neighbours along each axis, in elements; along axes of one element
+        too, of which forms know nothing."""
+        size = self.dtype.itemsize
+        return (
+            tuple([step // size for step in self.view.strides])
+            if self.size
+            else (self.form.strides)
+        )
 
     @property
     def dtype(self) -> DType:
@@ -254,6 +265,16 @@ class NDArray:
         sizes = reshaped(self.shape, shape if len(shape) > 1 else shape[0])
         return self._view(self.view.reshape(sizes))
 
+    def as_strided(self, shape: Sequence[int], strides: Sequence[int]) -> NDArray:
+        """A view of any shape and strides, in elements, from this array's first element on."""
+        start = self.ptr - self._handle.ptr()
+        offset = start // self.dtype.itemsize
+        return NDArray.make(shape, strides, self.device, self._handle, offset)
+
+    def fill(self, value: Any) -> None:
+        """Write one number into every element."""
+        self[...] = value
+
     def process_slice(self, index: slice, dim: int) -> slice:
         """The slice with explicit start, stop and step; negative numbers count from the end."""
         start, stop, step = index.indices(self.shape[dim])
@@ -266,8 +287,13 @@ class NDArray:
         return self._view(self.view[items])
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Write into the array's memory, which its views share."""
-        self.view[as_views(index)] = value.view if isinstance(value, NDArray) else value
+        """Write into the array's memory, which its views share: what NumPy can broadcast, or (as in
+        the course) an NDArray of as many elements, in row-major order."""
+        index = as_views(index)
+        if isinstance(value, NDArray):
+            value, part = value.view, self.view[index]
+            value = value.reshape(part.shape) if value.size == part.size else value
+        self.view[index] = value
 
     # Arithmetic that is functions of needle.ops, which sets it (METHODS there)
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from needle.array.spec import Spec
-from needle.autograd import Tensor, primitive
+from needle.autograd import MODE, Tensor, primitive
+from needle.dtype import FLOATS, promote
 from needle.errors import expect
 from needle.ops.composite import Composite
 from needle.ops.contract import MatMul, Precision
-from needle.ops.elementwise import Operand, as_tensor
+from needle.ops.elementwise import Operand, as_tensor, astype
 from needle.ops.movement import (
     Flip,
     Movement,
@@ -488,6 +489,16 @@ def settled(given: Any) -> Any:
     return tuple(map(settled, given)) if isinstance(given, (list, tuple)) else given
 
 
+def alike(name: str, x: Operand, w: Operand) -> tuple[Tensor, Tensor]:
+    """Two operands, in their common dtype where theirs are floats; autocast has its own rule."""
+    x = as_tensor(x)
+    w = as_tensor(w, x)
+    if MODE.autocast is not None or not (x.dtype in FLOATS and w.dtype in FLOATS):
+        return x, w
+    dtype = promote(name, x.dtype, w.dtype)
+    return astype(x, dtype), astype(w, dtype)
+
+
 def conv(
     x: Operand, w: Operand, stride: Any = 1, padding: Any = 1, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
@@ -499,9 +510,8 @@ def conv(
     many outputs as sizes / stride) or "valid" (none). With groups, each of them takes and gives its
     share of the channels.
     """
-    x = as_tensor(x)
     op = Conv(settled(stride), settled(padding), settled(dilation), groups, Precision.dot)
-    return op(x, as_tensor(w, x))
+    return op(*alike("conv", x, w))
 
 
 def conv_transpose(
@@ -519,7 +529,6 @@ def conv_transpose(
     places = (sizes - 1) * stride + dilation * (kernel - 1) + 1 - padding before and after +
     output_padding, of which the last decides between the sizes that a stride rounds to one.
     """
-    x = as_tensor(x)
     numbers = [settled(each) for each in (stride, padding, output_padding, dilation)]
     kind: Any = ConvTranspose
-    return kind(*numbers, groups, Precision.dot)(x, as_tensor(w, x))
+    return kind(*numbers, groups, Precision.dot)(*alike("conv_transpose", x, w))

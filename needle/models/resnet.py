@@ -13,7 +13,7 @@ from typing import Any, Self
 from needle import nn
 from needle.autograd import Tensor
 from needle.errors import expect
-from needle.files import AnyPath, load_tensors
+from needle.files import AnyPath, load_tensors, reading
 from needle.nn.functional import max_pool2d, relu
 from needle.nn.layout import to_last
 
@@ -137,22 +137,21 @@ class ResNet(nn.Module):
     @classmethod
     def from_pretrained(cls, path: AnyPath, **place: Any) -> Self:
         """The network in a safetensors file of torchvision's names and order of axes, or in the
-        model.safetensors of a folder: kind of block, depths, stem and classes are read off it."""
+        model.safetensors of a folder: kind of block, depths, stem and classes are read off it.
+        FileError where the file, or what is in it, is another one."""
         path = Path(path)
         path = path / "model.safetensors" if path.is_dir() else path
         state, _ = load_tensors(path)
-        missing = [name for name in ("conv1.weight", "fc.weight") if name not in state]
-        received = f"one without {', '.join(missing)}"
-        expect(not missing, f"{path}: expected the tensors of a ResNet; received {received}")
-        depths = [
-            next(i for i in count() if f"layer{stage}.{i}.conv1.weight" not in state)
-            for stage in (1, 2, 3, 4)
-        ]
-        block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
-        first, classes = state["conv1.weight"].shape, len(state["fc.weight"])
-        stem = "imagenet" if first[2:] == (7, 7) else "cifar"
-        model = cls(block, tuple(depths), classes, stem, first[1], **place)
-        model.load_state_dict(nn.from_torch(model, state))
+        with reading(path, "a ResNet with torchvision's names"):
+            first, classes = state["conv1.weight"].shape, len(state["fc.weight"])
+            block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
+            stem = "imagenet" if first[2:] == (7, 7) else "cifar"
+            depths = tuple(
+                next(i for i in count() if f"layer{stage}.{i}.conv1.weight" not in state)
+                for stage in (1, 2, 3, 4)
+            )
+            model = cls(block, depths, classes, stem, first[1], **place)
+            model.load_state_dict(nn.from_torch(model, state))
         return model
 
 

@@ -2,7 +2,7 @@
 
     add(a, negate(b))            -> subtract(a, b)
     stop_gradient(x), cast to x's own dtype, reshape or broadcast to x's own shape, permute to
-    x's own order, x * 1, x / 1, x + -0.0           -> x
+    x's own order, pad by nothing, x * 1, x / 1, x + -0.0  -> x
     reshape(reshape(x))          -> reshape(x)
     permute(permute(x))          -> permute(x); transpose is a permute
     f(permute(x), ...)           -> permute(f(x, ...)) of an elementwise f, where the last axis
@@ -77,6 +77,10 @@ def add(builder: Builder, op: Any, a: Node, b: Node) -> Node | None:
     if type(b.op) is Negate:
         return builder.make(SUBTRACT, a, b.inputs[0])
     return None
+
+
+def pad(builder: Builder, op: Pad, x: Node) -> Node | None:
+    return None if any(map(any, op.widths)) else x
 
 
 def cast(builder: Builder, op: Cast, x: Node) -> Node | None:
@@ -192,7 +196,7 @@ class Fold(Reduction):
 
 ALGEBRA: dict[type, Any] = {
     EWiseAdd: add, StopGradient: same, Cast: cast, BroadcastTo: broadcast, Reshape: reshape,
-    Permute: permute, MulScalar: scale, DivScalar: scale, AddScalar: shift,
+    Permute: permute, Pad: pad, MulScalar: scale, DivScalar: scale, AddScalar: shift,
 }  # fmt: skip
 LOWERED: dict[type, Any] = {  # what later passes know in one form only
     Transpose: transpose, Summation: reduction, Max: reduction, Min: reduction,

@@ -1700,7 +1700,9 @@ def windows_of(x: Array, kernel: int, stride: int, pad: int, fill: float) -> Arr
     """The windows of channels-last images, their elements along a last axis."""
     count = x.ndim - 2
     x = np.pad(x, [(0, 0), *[(pad, pad)] * count, (0, 0)], constant_values=fill)
-    found = np.lib.stride_tricks.sliding_window_view(x, (kernel,) * count, tuple(range(1, count + 1)))
+    found = np.lib.stride_tricks.sliding_window_view(
+        x, (kernel,) * count, tuple(range(1, count + 1))
+    )
     found = found[(slice(None), *[slice(None, None, stride)] * count)]
     return found.reshape(*found.shape[: count + 2], -1)
 

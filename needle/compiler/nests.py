@@ -295,8 +295,8 @@ class Shaper:
         """The last two axes in the other order."""
         *rest, m, n = range(len(self.sizes))
         table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
+        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]  # what substitute asks for
         self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
-        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]
 
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""

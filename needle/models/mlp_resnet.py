@@ -1,8 +1,8 @@
 """The MLP-ResNet of CMU 10-414/714: residual blocks (He et al., 2016) of linear layers.
 
-    x -> Flatten -> Linear(features, hidden) -> ReLU -> blocks -> Linear(hidden, classes)
-    block(x) = relu(x + branch(x)), branch: Linear(hidden, hidden // 2) -> BatchNorm -> ReLU
-        -> Dropout -> Linear(hidden // 2, hidden) -> BatchNorm
+x -> Flatten -> Linear(features, hidden) -> ReLU -> blocks -> Linear(hidden, classes)
+block(x) = relu(x + branch(x)), branch: Linear(hidden, hidden // 2) -> BatchNorm -> ReLU
+    -> Dropout -> Linear(hidden // 2, hidden) -> BatchNorm
 """
 
 from __future__ import annotations

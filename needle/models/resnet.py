@@ -98,7 +98,8 @@ class ResNet(nn.Module):
     """(n, channels, height, width) -> (n, classes) through four stages of `depths` blocks.
 
     block: BasicBlock or Bottleneck. stem: "imagenet", a 7 x 7 convolution and a max pooling, both
-    with stride 2, or "cifar", a 3 x 3 convolution, for small images. device and dtype by keyword.
+    with stride 2, or "cifar", a 3 x 3 convolution, for small images. width: channels of the stem
+    and the first stage; it doubles from stage to stage. device and dtype by keyword.
     """
 
     def __init__(
@@ -108,21 +109,22 @@ class ResNet(nn.Module):
         num_classes: int = 1000,
         stem: str = "imagenet",
         in_channels: int = 3,
+        width: int = 64,
         **place: Any,
     ) -> None:
         known = stem in ("imagenet", "cifar")
         expect(known, f"resnet: expected stem 'imagenet' or 'cifar'; received {stem!r}")
         self.stem = stem
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = conv(in_channels, 64, size, stride, bias=False, **place)
-        self.bn1 = norm(64, **place)
-        inputs, stages = 64, []
+        self.conv1 = conv(in_channels, width, size, stride, bias=False, **place)
+        self.bn1 = norm(width, **place)
+        inputs, stages = width, []
         for stage, depth in enumerate(depths):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage and i == 0 else 1
-                blocks.append(block(inputs, 64 << stage, stride, **place))
-                inputs = (64 << stage) * block.expansion
+                blocks.append(block(inputs, width << stage, stride, **place))
+                inputs = (width << stage) * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(inputs, num_classes, **place)
@@ -150,7 +152,7 @@ class ResNet(nn.Module):
                 next(i for i in count() if f"layer{stage}.{i}.conv1.weight" not in state)
                 for stage in (1, 2, 3, 4)
             )
-            model = cls(block, depths, classes, stem, first[1], **place)
+            model = cls(block, depths, classes, stem, first[1], first[0], **place)
             model.load_state_dict(nn.from_torch(model, state))
         return model
 

@@ -77,9 +77,7 @@ class Convolution(Module):
             name, received = type(self).__name__, f"{x.shape[axis]} of shape {x.shape}"
             raise ValueError(f"{name}: expected {self.in_channels} channels; received {received}")
         settings = self.settings()
-        return self.function(
-            x, self.weight, self.bias, *settings, channels_last=self.channels_last
-        )
+        return self.function(x, self.weight, self.bias, *settings, channels_last=self.channels_last)
 
 
 class Conv1d(Convolution):

@@ -1,6 +1,6 @@
 """State dicts of PyTorch's order of axes, as `load_state_dict` takes them. Next: fold.py.
 
-    model.load_state_dict(nn.from_torch(model, load_tensors("model.safetensors")[0]))
+model.load_state_dict(nn.from_torch(model, load_tensors("model.safetensors")[0]))
 """
 
 from __future__ import annotations

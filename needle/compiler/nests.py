@@ -323,8 +323,11 @@ def in_one_stride(index: Index, axis: int, sizes: Sequence[int]) -> bool:
     )
 
 
-def evaluate(layout: Layout, group: Group, stored: Sequence[Node], shaper: Shaper) -> Any:
+def evaluate(
+    layout: Layout, group: Group, stored: Sequence[Node], shaper: Shaper, settled: bool
+) -> Any:
     loops = Loops(shaper.sizes)
+    loops.settled = settled
     evaluator = Evaluator(layout, group, loops)
     evaluator.table = shaper.table
     count = len(layout.checks)
@@ -335,8 +338,9 @@ def evaluate(layout: Layout, group: Group, stored: Sequence[Node], shaper: Shape
 def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
     """The nest of a group, over the fewest axes that its index maps allow."""
     shaper, merged = Shaper(group), False
+    settled = not any(type(x.op) is ops.Pad for x in (*group.index, *group.inlined))
     while True:
-        loops, stores, count = evaluate(layout, group, stored, shaper)
+        loops, stores, count = evaluate(layout, group, stored, shaper, settled)
         # Once axes have merged, quotients that are left on the way recombine at its end.
         if loops.splits and not merged:
             shaper.split(loops.splits)
@@ -350,8 +354,10 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
         elif shaper.is_short():
             shaper.turn()
-        else:
+        elif settled:
             break
+        else:
+            settled = True
         del layout.checks[count:]
     return as_nest(group, shaper, stores)
 

@@ -326,6 +326,16 @@ def test_running_statistics_of_images_are_biased() -> None:
     np.testing.assert_allclose(layer.running_var.numpy(), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_padding_of_turned_images(axis: int) -> None:
+    """Few channels, so that the nest's last axes change places."""
+    data, widths = draw(2, 2, 3, 5, 2), [(0, 0)] * 5
+    widths[axis] = (1, 2)
+    turned = ndl.permute(ndl.Tensor(data), (0, 2, 3, 4, 1))
+    expected = np.pad(np.moveaxis(data, 1, -1), widths)
+    assert_same_bits(ndl.pad(turned, widths), expected)
+
+
 # Errors
 
 ERRORS: list[tuple[Callable[[], Any], str]] = [

@@ -91,11 +91,11 @@ def followers(model: Module, inputs: Any) -> dict[Module, Module]:
         readers.update({id(x) for x in y.inputs or ()})
     times = Counter(id(module) for module, _, _ in calls)
     made = {id(y): module for module, _, y in calls}
+    found = {norm: made[id(x)] for norm, x, _ in calls if id(x) in made and readers[id(x)] == 1}
     return {
         norm: layer
-        for norm, x, _ in calls
-        if can_fold(layer := made.get(id(x)), norm)
-        and readers[id(x)] == times[id(layer)] == times[id(norm)] == 1
+        for norm, layer in found.items()
+        if can_fold(layer, norm) and times[id(layer)] == times[id(norm)] == 1
     }
 
 
@@ -118,7 +118,7 @@ def fold(layer: Any, norm: Any) -> None:
 
 
 def replace(root: Module, old: Module, new: Module) -> None:
-    """Put a module in the place of another, wherever attributes, lists, tuples and dicts hold it."""
+    """Put a module in the place of another wherever attributes, lists or dicts hold it."""
     for module in root.modules():
         for name, value in vars(module).items():
             vars(module)[name] = replaced(value, old, new)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,7 +210,7 @@ def hoist(body: Segment, changing: int, captured: Sequence[Any]) -> tuple[Segmen
     values = before.values(captured)
     inputs = [*range(changing), *used]
     new = {n: number for number, n in enumerate(inputs)}
-    rest = []
+    rest: list[Step] = []
     for n, step in steps:
         if varies[n]:
             new[n] = len(inputs) + len(rest)
@@ -241,8 +240,8 @@ class Use(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """The gradient of a Scan: a body, and what the gradients of the inputs are made of: a result of
-    its scan (by number), a stack of it (Use), the sum of one (Use,), or a product (op, Use, Use)."""
+    """The gradient of a Scan: a body, and of what the inputs' gradients are made: a result of its
+    scan (by number), a stack of it (Use), the sum of one (Use,), or a product (op, Use, Use)."""
 
     body: Segment  # from (dcarries, sums | dys, stacks | captured, constants)
     carries: tuple[int, ...]  # those of floats
@@ -277,8 +276,10 @@ class Adjoint(NamedTuple):
             if isinstance(part, Use):
                 return stack_of(part)
             first = stack_of(part[-1])
-            return summation(first, (0,)) if len(part) == 1 else product(
-                part[0], stack_of(part[1]), first
+            return (
+                summation(first, (0,))
+                if len(part) == 1
+                else product(part[0], stack_of(part[1]), first)
             )
 
         grads = [[total(part) for part in parts] for parts in self.parts]
@@ -383,9 +384,7 @@ class Derivation:
         results += [start + part for part, (start, _) in added.items()]
         return self.finish(parts, first, [*results, *self.stacked], len(added))
 
-    def finish(
-        self, parts: list[Any], first: list[Any], results: list[Any], sums: int
-    ) -> Adjoint:
+    def finish(self, parts: list[Any], first: list[Any], results: list[Any], sums: int) -> Adjoint:
         """The gradient's body, when what it returns is known."""
         count, size = self.op.carries + self.op.xs, self.op.body.inputs
         carries = len(first)

@@ -541,6 +541,7 @@ class Tensor(Value):
     """
 
     __slots__ = ()
+    by_rows = False  # of a table: whether a step changes only the rows that its gradient has
     __array_ufunc__ = None  # NumPy's operators leave `array + tensor` to Tensor.__radd__
 
     cached_data: NDArray

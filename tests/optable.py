@@ -21,7 +21,7 @@ import numpy as np
 from needle import ops
 from needle.dtype import FLOATS, as_dtype
 from needle.ops import normalize, update
-from needle.ops.index import Gather, ScatterAdd
+from needle.ops.index import Checked, Gather, IndexCopy, ScatterAdd
 from needle.ops.movement import After, Slice, Unslice
 from needle.ops.random import RandomUniform
 
@@ -1011,6 +1011,26 @@ INDEX = [
         lambda x, i: scattered(x),
         (Input((2, 3, 4)), Input(values=TAKEN)),
         length=3,
+    ),
+    Row(
+        "index_copy",
+        lambda x, source: ops.index_copy(x, 1, [3, 0, -1], source),
+        lambda x, source: np.stack([source[:, 1], x[:, 1], x[:, 2], source[:, 2]], 1),
+        (MATRIX, Input((3, 3))),
+        # of equal indices, torch takes any
+        lambda t, x, source: t.index_copy(x, 1, t.tensor([0, 3]), source[:, 1:]),
+    ),
+    Row(
+        "IndexCopy",
+        lambda x, source, i: IndexCopy(0)(x, source, i),
+        lambda x, source, i: np.stack([x[0], source[0], source[1]]),
+        (MATRIX, Input((2, 4)), Input(values=np.array([1, -1]))),
+    ),
+    Row(
+        "Checked",
+        lambda i: Checked("embedding", 4)(i),
+        lambda i: i,
+        (Input(values=np.array([3, 0, 2])),),
     ),
     Row(
         "one_hot",

@@ -650,6 +650,23 @@ def test_checks_of_lanes(order):
             same(found, table[np.where(used[0] == 50, 0, used[0])])
 
 
+@pytest.mark.parametrize("trail", [1, 5, 16, 77])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_scatter_with_a_base(trail, in_place):
+    rng, memory = np.random.default_rng(23), Memory()
+    lead, places, rows = 2, 9, 13
+    index = rng.integers(0, rows, places)
+    x, base = (data(rng, (lead, n, trail), float32) for n in (places, rows))
+    access, start = memory.access(index), memory.access(base)
+    target = start.buffer if in_place else memory.access(np.zeros_like(base)).buffer
+    row, value = load(Access(access.buffer, 0, ((1, 1),))), memory.read(x)
+    nest = Scatter(lead, places, rows, trail, row, value, target, (), start.buffer)
+    expected = base.copy()
+    for p in range(places):
+        expected[:, index[p]] = x[:, p]
+    same(outputs(nest, memory.arrays)[target], expected)
+
+
 @pytest.mark.parametrize("dtype", [float32, int64, float64, int8], ids=str)
 @pytest.mark.parametrize("trail", [1, 5, 16, 77])
 def test_scatter(dtype, trail):

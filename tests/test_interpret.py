@@ -455,6 +455,19 @@ def test_scatter_adds_in_order():
         run(Scatter(lead, places, rows, trail, row, value, y), memory)
 
 
+def test_scatter_with_a_base_writes_the_last():
+    lead, places, rows, trail = 2, 4, 3, 2
+    x, base, index = filled((lead, places, trail)), filled((lead, rows, trail)), [0, 2, 0, 2]
+    a, b = Buffer("a", float32, x.size), Buffer("b", float32, base.size)
+    i, y = Buffer("i", int64, places), Buffer("y", float32, base.size)
+    memory = {a: x.ravel(), b: base.ravel(), i: np.array(index), y: np.full(12, 9, np.float32)}
+    row = load(Access(i, 0, ((1, 1),)))
+    value = load(Access(a, 0, ((0, places * trail), (1, trail), (2, 1))))
+    run(Scatter(lead, places, rows, trail, row, value, y, (), b), memory)
+    want = np.stack([x[:, 2], base[:, 1], x[:, 3]], 1)
+    assert same(memory[y].reshape(want.shape), want)
+
+
 def test_a_host_call_gives_arrays_to_an_op():
     x, y = Buffer("x", float32, 6), Buffer("y", int64, 6)
     memory = {x: np.float32([3, 1, 2, 4, 6, 5]), y: np.zeros(6, np.int64)}

@@ -125,3 +125,22 @@ def test_errors() -> None:
 def test_cores_are_told_apart() -> None:
     plain, dot = (contract.Core(np.dtype(np.float32), 512, dot) for dot in (False, True))
     assert plain.key != dot.key
+
+
+def test_convolutions_of_rounded_operands() -> None:
+    """Windows are rounded while they are packed: what bfloat16 has no bits for is lost."""
+    x, w = rng.integers(-9, 9, (3, 7, 6, 10)) + 2.0**-9, rng.integers(-9, 9, (3, 3, 10, 20))
+
+    def run(x: np.ndarray, w: np.ndarray) -> list[np.ndarray]:
+        """y, dx and dw, for a gradient of ones."""
+        inputs = [ndl.Tensor(x), ndl.Tensor(w)]
+        y = ndl.ops.conv(*inputs)
+        y.backward(ndl.init.ones_like(y))
+        return [y.numpy(), *(each.grad.numpy() for each in inputs)]
+
+    found = run(x.astype(np.float32), w.astype(np.float32))
+    ndl.set_matmul_precision("highest")
+    exact, full = run(rounded(x), w.astype(np.float64)), run(x, w.astype(np.float64))
+    assert np.abs(exact[0] - full[0]).max() > 0.1
+    for a, b in zip(found, exact if HAS_DOT else full, strict=True):
+        assert np.abs(a - b).max() <= 1e-3

@@ -78,7 +78,7 @@ def lower(
     inputs that are not compact; checks: of the program around, for the body of a loop."""
     source = with_own_outputs(source)
     graph.verify(source)
-    fuser = Fuser(source)
+    fuser = Fuser(source, strides or {})
     fuser.run()
     built, layout = nests.build(fuser, strides or {}, lower, [] if checks is None else checks)
     for nest in built:
@@ -405,8 +405,8 @@ class Program:
         return [empty(form) if x is None else x for x, form in zip(found, self.forms, strict=True)]
 
     def refuse(self, number: int, index: int) -> None:
-        name, size = self.recipe.checks[number]
-        raise IndexError(f"{name}: expected indices below {size}; received {index}")
+        text, shift = self.recipe.checks[number]
+        raise IndexError(f"{text}; received {index + shift if index < 0 else index}")
 
 
 UINT8: DType = np.dtype(np.uint8)

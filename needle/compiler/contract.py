@@ -713,12 +713,15 @@ def emit_lay(core: Core, name: str) -> str:
         ]
         for start in starts
     ]
-    with f.span("%count") as i:
-        source = f.byte("%from", f.let(f"load i64, ptr {f.byte('%terms', i, 8)}, align 8"))
-        target = f.byte("%to", i, pitch * core.size)
-        for start, (width, room) in zip(starts, masks, strict=True):
-            x = core.fetch(f, f.byte(source, start, core.width), lanes, width)
-            f.store(x, f.byte(target, start, core.size), core.value, lanes, room)
+    whole = f.test("eq", "%room", columns)  # whose vectors nothing lies behind
+    for here, masked in ((whole, False), (f.choose(whole, "false", "true", "i1"), True)):
+        with f.under(here), f.span("%count") as i:
+            source = f.byte("%from", f.let(f"load i64, ptr {f.byte('%terms', i, 8)}, align 8"))
+            target = f.byte("%to", i, pitch * core.size)
+            for start, (width, room) in zip(starts, masks, strict=True):
+                x = core.fetch(f, f.byte(source, start, core.width), lanes, width)
+                mask = room if masked else None
+                f.store(x, f.byte(target, start, core.size), core.value, lanes, mask)
     return f.text
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -184,8 +185,10 @@ def walk(nest: Nest | Scatter) -> tuple[Slots, Nest, int]:
     """A kernel's arguments, its loops and its bytes of scratch."""
     slots = Slots()
     if isinstance(nest, Scatter):
-        slots.write("scatter")
+        slots.write("scatter" if nest.base is None else "copy")
         slots.value(nest.rows, "rows")
+        if nest.base is not None:
+            slots.buffer(nest.base)
         nest = rows_of(nest)
     slots.nest(nest)
     reduces = any(each.op == "reduce" for each in nest.expressions())
@@ -925,19 +928,30 @@ class Kernel(Writer):
 
     # Scatter
 
-    def scatter_rows(self) -> None:
-        """For every lead: rows begin .. end - 1 from zero, and the places that they are at."""
+    def scatter_rows(self, copies: bool) -> None:
+        """For every lead: rows begin .. end - 1 from zero or, in other memory, from the base, which
+        is slot 0; and the places that they are at."""
         lead, places, trail = (self.size(number) for number in range(3))
         (store,) = self.nest.stores
         target, dtype = f"%p{self.slots.buffers[store.access.buffer]}", store.value.dtype
         row = store.access.dynamic[0][0]
-        self.adds = True
+        self.adds = not copies
+        starts = self.let(f"icmp ne ptr %p0, {target}") if copies else "true"
 
-        def zero(i: str, end: str | None) -> list[str]:
+        def begin(i: str, end: str | None) -> list[str]:
             self.place(i, 1, end)
+            x = constant(0, dtype, self.lanes)
+            if copies:
+                source = self.at("%p0", i, memory(dtype))
+                x = self.load(source, dtype, self.lanes, self.active(0))
             pointer = self.at(target, i, memory(dtype))
-            self.store(constant(0, dtype, self.lanes), pointer, dtype, self.lanes, self.active(0))
+            self.store(x, pointer, dtype, self.lanes, self.active(0))
             return []
+
+        def begin_all(first: str, last: str) -> None:
+            middle = self.multiple(first, last, self.lanes)
+            self.loop(first, middle, self.lanes, [], lambda j, _: begin(j, None))
+            self.loop(middle, last, self.lanes, [], lambda j, _: begin(j, last))
 
         def add(i: str, p: str) -> None:
             self.coordinates = {0: i, 1: p}
@@ -952,9 +966,7 @@ class Kernel(Writer):
             start = self.whole("mul", i, self.argument("rows"))
             rows = [self.whole("add", start, each) for each in ("%begin", "%end")]
             first, last = (self.whole("mul", each, trail) for each in rows)
-            middle = self.multiple(first, last, self.lanes)
-            self.loop(first, middle, self.lanes, [], lambda j, _: zero(j, None))
-            self.loop(middle, last, self.lanes, [], lambda j, _: zero(j, last))
+            self.when(starts, partial(begin_all, first, last))
             self.each("0", places, lambda p: add(i, p))
 
         self.each("0", lead, each_lead)
@@ -981,7 +993,9 @@ def emit(nest: Nest | Scatter, bits: int = 512, name: str = "kernel") -> str:
     """The kernel of all nests of this structure, for vectors of `bits`."""
     slots, body, _ = walk(nest)
     kernel = Kernel(slots, body, bits)
-    work = kernel.scatter_rows if isinstance(nest, Scatter) else kernel.units
+    work = kernel.units
+    if isinstance(nest, Scatter):
+        work = partial(kernel.scatter_rows, nest.base is not None)
     parameters = "ptr %args, i64 %begin, i64 %end, ptr %scratch"
     return kernel.text(name, parameters, work, "icmp slt i64 %begin, %end")
 

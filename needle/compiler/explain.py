@@ -234,7 +234,7 @@ def flops(nest: AnyNest) -> int:
     if isinstance(nest, Contraction):
         return 2 * prod(nest.batch) * nest.m * nest.n * nest.k + flops(nest.epilogue)
     if isinstance(nest, Scatter):
-        return nest.lead * nest.places * nest.trail
+        return nest.lead * nest.places * nest.trail if nest.base is None else 0
     if isinstance(nest, HostCall):
         return 0
     if isinstance(nest, Repeat):

@@ -17,7 +17,7 @@ partial one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -30,7 +30,7 @@ from needle.compiler.index import Index, coordinate, delinearize, digits, fixed,
 from needle.compiler.loops import COLUMNS, ROWS, Digits, Expr
 from needle.compiler.lower import ELEMENTWISE, MOVEMENT, REDUCTION, VIEWS, push
 from needle.ops.elementwise import Comparison
-from needle.ops.index import Gather, ScatterAdd
+from needle.ops.index import Checked, Gather, IndexCopy, ScatterAdd
 from needle.ops.movement import After
 from needle.ops.order import split_axes
 from needle.ops.reduce import CumSum
@@ -94,14 +94,15 @@ def coordinates(count: int) -> Indices:
 
 
 def is_elementwise(node: Node) -> bool:
-    return type(node.op) in ELEMENTWISE or type(node.op) in (ops.Cast, Piece)
+    return type(node.op) in ELEMENTWISE or type(node.op) in (ops.Cast, Piece, Checked)
 
 
 class Fuser:
     """The state of the pass: groups so far, and in which one a node is placed."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, strided: Collection[Node] = ()) -> None:
         self.graph = graph
+        self.strided = strided  # inputs that are not compact
         self.groups: list[Group] = []
         self.group_of: dict[Node, Group] = {}
         self.pieces: dict[Node, list[Node]] = {}  # of concatenations that are written in parts
@@ -128,7 +129,7 @@ class Fuser:
             self.place_contraction(node)
         elif kind is CumSum:
             self.place_scan(node)
-        elif kind is ScatterAdd:
+        elif kind in (ScatterAdd, IndexCopy):
             self.place_scatter(node)
         elif kind is Gather:
             self.ground(node.inputs[0])
@@ -398,6 +399,12 @@ class Fuser:
         self.add(group, node, index, walk)
 
     def place_scatter(self, node: Node) -> None:
+        if type(node.op) is IndexCopy:
+            base, source, index = node.inputs
+            base = self.copy(base) if base in self.strided else base
+            for x in (base, index):
+                self.place(x)
+            node.inputs = base, source, index
         group = self.begin("scatter", ())
         for x in node.inputs:
             if type(x.op) in (ops.Concatenate, ops.Stack):
@@ -408,7 +415,7 @@ class Fuser:
     def place_host(self, node: Node) -> None:
         inputs = []
         for x in node.inputs:
-            copy = x if x in self.group_of else Node(ops.StopGradient(), (x,), x.spec, node.place)
+            copy = x if x in self.group_of else self.copy(x)
             self.place(copy)
             inputs.append(copy)
         node.inputs = tuple(inputs)
@@ -444,6 +451,11 @@ class Fuser:
         self.users[part] = []
         self.place(part)
         return part
+
+    def copy(self, x: Node) -> Node:
+        found = Node(ops.StopGradient(), (x,), x.spec, x.place)
+        self.users[found] = []
+        return found
 
     def place_parts(self, node: Node) -> None:
         """Every part of a concatenation is written to its place in the whole by whoever makes

@@ -283,8 +283,10 @@ def scatter(nest: Scatter, memory: Memory) -> None:
     rows = np.broadcast_to(values[nest.row], (1, nest.places, 1))[0, :, 0]
     value = np.broadcast_to(values[nest.value], domain.shape)
     found = np.zeros((nest.lead, nest.rows, nest.trail), nest.out.dtype)
+    if nest.base is not None:
+        found[:] = memory[nest.base].reshape(found.shape)
     for place, row in enumerate(rows):
-        found[:, row] += value[:, place]
+        found[:, row] = value[:, place] + (found[:, row] if nest.base is None else 0)
     memory[nest.out][:] = found.ravel()
 
 

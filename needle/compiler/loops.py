@@ -5,7 +5,7 @@ means. The grammar:
 
     nest     = Nest(outer, inner, order, stores)        elementwise, movement, reduction, scan
              | Contraction(batch, m, n, k, a, b, epilogue)   sum over k of a[..m, k] * b[..k, n]
-             | Scatter(...)                              rows added at places that indices say
+             | Scatter(...)                              rows added or put where indices say
              | HostCall(op, inputs, outputs)             an op without a kernel, run by Python
              | Repeat(turns, kernels, moves, ...)        kernels of nests, run several times
     store    = Store(access, value)                      memory[access] = value
@@ -395,9 +395,11 @@ class Contraction:
 
 @dataclass(eq=False)
 class Scatter:
-    """out[l, r, t] = sum of value over the places p, in order, whose `row` is r.
+    """out[l, r, t] = sum of value over the places p, in order, whose `row` is r; with a base, the
+    last such value, and base[l, r, t] where there is none.
 
     `row` (int64, wrapped and checked) depends on axis 1 (p); `value` on axes 0 (l), 1 (p), 2 (t).
+    The base's memory may be that of out.
     """
 
     lead: int
@@ -408,10 +410,14 @@ class Scatter:
     value: Expr
     out: Buffer
     ops: tuple[Any, ...] = ()
+    base: Buffer | None = None
 
-    def reads(self) -> set[Buffer]:
+    def loads(self) -> set[Buffer]:
         found = ordered([self.row, self.value])
         return {each.attr.buffer for each in found if each.op == "load"}
+
+    def reads(self) -> set[Buffer]:
+        return self.loads() if self.base is None else self.loads() | {self.base}
 
     def writes(self) -> set[Buffer]:
         return {self.out}
@@ -560,7 +566,8 @@ def show(nest: AnyNest) -> str:
         head = f"scatter [{nest.lead} {nest.places} {nest.rows} {nest.trail}] -> {nest.out}"
         names: dict[Expr, str] = {}
         body = show_exprs(ordered([nest.row, nest.value]), names)
-        return "\n".join([head, *body, f"  add {names[nest.value]} at row {names[nest.row]}"])
+        verb = "add" if nest.base is None else f"copy {nest.base}, then write"
+        return "\n".join([head, *body, f"  {verb} {names[nest.value]} at row {names[nest.row]}"])
     if isinstance(nest, Repeat):
         lines = [f"repeat {nest.turns} scratch {nest.scratch}"]
         for x, each in nest.moves.items():
@@ -630,6 +637,7 @@ def verify(nest: AnyNest) -> None:
         assert nest.row.axes <= {1}, "a scatter's row depends on its place alone"
         assert nest.value.axes <= {0, 1, 2}
         assert nest.out.size == nest.lead * nest.rows * nest.trail
+        assert nest.base is None or nest.base.size == nest.out.size
     elif isinstance(nest, Nest):
         verify_nest(nest)
 

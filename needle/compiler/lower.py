@@ -47,7 +47,7 @@ from needle.compiler.simplify import Fold
 from needle.dtype import FLOATS, DType, bfloat16, bool_, float32, float64
 from needle.ops.device import ToDevice
 from needle.ops.elementwise import Subtract
-from needle.ops.index import ArgSort, Gather, ScatterAdd
+from needle.ops.index import ArgSort, Checked, Gather, IndexCopy, ScatterAdd
 from needle.ops.movement import After, Unslice
 from needle.ops.random import BITS, MULTIPLIERS, ROUNDS, WEYL
 
@@ -411,7 +411,7 @@ REDUCTION: dict[type, str] = {
     ops.ArgMin: "argmin", Fold: "fold",
 }  # fmt: skip
 SPECIAL: frozenset[type] = frozenset(
-    {ops.MatMul, ops.CumSum, ops.RandomUniform, Gather, ScatterAdd}
+    {ops.MatMul, ops.CumSum, ops.RandomUniform, Gather, ScatterAdd, IndexCopy, Checked}
 )
 HOST: frozenset[type] = frozenset({ArgSort})  # no sensible kernel: called on the host
 LOWERED = frozenset({*ELEMENTWISE, ops.Cast, *MOVEMENT, *REDUCTION, *SPECIAL})

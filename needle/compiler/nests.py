@@ -70,7 +70,7 @@ from needle.compiler.lower import (
     random_uniform,
 )  # fmt: skip
 from needle.dtype import LOW_PRECISION, bfloat16, bool_, float32, int64
-from needle.ops.index import Gather
+from needle.ops.index import Checked, Gather, IndexCopy, words
 from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
@@ -88,7 +88,7 @@ class Layout:
         self.strides = strides
         self.lower = lower  # all passes, for the bodies of loops
         self.buffers: dict[Node, Buffer] = {}
-        self.checks = checks  # what run-time checks say: op, size
+        self.checks = checks  # what checks say, and what negatives lack
         self.waits: dict[AnyNest, list[AnyNest]] = {}  # nests that others come after
 
     def buffer(self, node: Node) -> Buffer:
@@ -183,6 +183,10 @@ class Evaluator:
             return random_uniform(op, key, counter, linearize(index, node.shape), self.loops)
         if kind is Gather:
             return self.gather(node, index, mask)
+        if kind is Checked:
+            i = cast(self.value(node.inputs[0], index, mask), int64)
+            i = i if op.wraps else select(i < 0, i - op.size, i)
+            return self.checked(op.words, i, op.size, 0 if op.wraps else op.size)
         args = [self.value(x, index, mask) for x in node.inputs]
         return args[0] if kind is Piece else elementwise(op, node.spec.dtype, args)
 
@@ -211,9 +215,12 @@ class Evaluator:
             if 0 in self.loops:  # no element: what is computed before the loops reads none
                 found.append(fixed(0))
                 continue
-            self.layout.checks.append((node.name, size))
-            found.append(Index(0, {check(i, size, len(self.layout.checks) - 1): 1}))
+            found.append(Index(0, {self.checked(words(node.name, size), i, size): 1}))
         return found
+
+    def checked(self, text: str, i: Expr, size: int, shift: int = 0) -> Expr:
+        self.layout.checks.append((text, shift))
+        return check(i, size, len(self.layout.checks) - 1)
 
     def gather(self, node: Node, index: Indices, mask: Expr | None) -> Expr:
         x, first = node.inputs[0], node.inputs[1]
@@ -451,20 +458,25 @@ def locate(
 
 
 def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:
-    x, first, *_ = node.inputs
-    axis, count = node.op.axis, len(node.inputs) - 1
+    base, (x, first, *_) = None, node.inputs
+    if type(node.op) is IndexCopy:
+        base, x, first = node.inputs
+    axis, count = node.op.axis, 1 if base is not None else len(node.inputs) - 1
     shape = node.shape
     lead, rows, trail = shape[:axis], shape[axis : axis + count], shape[axis + count :]
     sizes = [prod(lead), prod(first.shape), prod(trail)]
     loops = Loops(sizes)
     evaluator = Evaluator(layout, group, loops)
     places = delinearize(coordinate(1), first.shape, loops)
-    row = linearize(evaluator.indices(node, places, axis, shape), rows) if sizes[1] else fixed(0)
     leading, trailing = (delinearize(coordinate(a), s, loops) for a, s in ((0, lead), (2, trail)))
-    value = wide(evaluator.value(x, (*leading, *places, *trailing)))
+    value = evaluator.value(x, (*leading, *places, *trailing))
     out = layout.buffer(node)
     parts = sizes[0], sizes[1], prod(rows), sizes[2]
-    return Scatter(*parts, as_expr(row), cast(value, node.spec.dtype), out, (node,))
+    if base is not None:  # its indices are checked already
+        place = evaluator.value(first, places)
+        return Scatter(*parts, place, value, out, (node,), layout.buffer(base))
+    row = linearize(evaluator.indices(node, places, axis, shape), rows) if sizes[1] else fixed(0)
+    return Scatter(*parts, as_expr(row), cast(wide(value), node.spec.dtype), out, (node,))
 
 
 def build_host(layout: Layout, node: Node, items: Mapping[Node, Sequence[Node]]) -> HostCall:

@@ -16,7 +16,15 @@ from heapq import heappop, heappush
 
 from needle.compiler import OFF
 from needle.compiler.graph import Constant, Input
-from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall, Repeat, Scatter
+from needle.compiler.loops import (
+    AnyNest,
+    Buffer,
+    Contraction,
+    HostCall,
+    Repeat,
+    Scatter,
+    ordered,
+)  # fmt: skip
 
 ALIGNMENT = 64
 
@@ -32,12 +40,12 @@ class Schedule:
 
 def has_checks(nest: AnyNest) -> bool:
     """Whether a nest may find an index out of range."""
-    if isinstance(nest, Scatter):
-        return True
     if isinstance(nest, HostCall):
         return True
     if isinstance(nest, Repeat):
         return any(map(has_checks, nest.nests))
+    if isinstance(nest, Scatter):
+        return any(each.op == "check" for each in ordered([nest.row, nest.value]))
     epilogue = nest.epilogue if isinstance(nest, Contraction) else nest
     return any(each.op == "check" for each in epilogue.expressions())
 
@@ -139,7 +147,8 @@ def why_not(nest: AnyNest, output: Buffer, source: Buffer, count: int) -> str:
     if isinstance(nest, Repeat):
         return "a loop writes it"
     if isinstance(nest, (Scatter, HostCall)):
-        return "" if source not in nest.reads() else "the nest reads other places of it"
+        read = nest.loads() if isinstance(nest, Scatter) and nest.base is source else nest.reads()
+        return "" if source not in read else "the nest reads other places of it"
     body = nest.epilogue if isinstance(nest, Contraction) else nest
     if isinstance(nest, Contraction) and source in (nest.a.buffer, nest.b.buffer):
         return "the contraction reads it whole"

@@ -2,7 +2,7 @@
 
     add(a, negate(b))            -> subtract(a, b)
     stop_gradient(x), cast to x's own dtype, reshape or broadcast to x's own shape, permute to
-    x's own order, x * 1, x / 1, x + -0.0           -> x
+    x's own order, pad by nothing, x * 1, x / 1, x + -0.0  -> x
     reshape(reshape(x))          -> reshape(x)
     permute(permute(x))          -> permute(x); transpose is a permute
     f(permute(x), ...)           -> permute(f(x, ...)) of an elementwise f, where the last axis
@@ -35,7 +35,7 @@ from needle.ops.elementwise import (
     Negate,
     StopGradient,
 )  # fmt: skip
-from needle.ops.index import ScatterAdd
+from needle.ops.index import Checked, IndexCopy, ScatterAdd
 from needle.ops.movement import Pad, Permute, Reshape, Transpose, without
 from needle.ops.order import CHUNK, ROWS, fold, split_axes
 from needle.ops.reduce import Max, Min, Reduction, Summation
@@ -77,6 +77,10 @@ def add(builder: Builder, op: Any, a: Node, b: Node) -> Node | None:
     if type(b.op) is Negate:
         return builder.make(SUBTRACT, a, b.inputs[0])
     return None
+
+
+def pad(builder: Builder, op: Pad, x: Node) -> Node | None:
+    return None if any(map(any, op.widths)) else x
 
 
 def cast(builder: Builder, op: Cast, x: Node) -> Node | None:
@@ -180,6 +184,14 @@ def scatter(builder: Builder, op: ScatterAdd, x: Node, *indices: Node) -> Node |
     return builder.make(Cast(x.spec.dtype), wide)
 
 
+def index_copy(builder: Builder, op: IndexCopy, x: Node, source: Node, index: Node) -> Node | None:
+    """Indices are checked by a nest of its own, so that the copy may be made in place."""
+    if type(index.op) is Checked and index.op.size == x.shape[op.axis]:
+        return None
+    checked = Checked("index_copy", x.shape[op.axis], True)
+    return builder.make(op, x, source, builder.make(checked, index))
+
+
 @primitive
 class Fold(Reduction):
     """y = x folded by halving over one axis (needle/ops/order.py): the sum of chunks' sums"""
@@ -192,9 +204,9 @@ class Fold(Reduction):
 
 ALGEBRA: dict[type, Any] = {
     EWiseAdd: add, StopGradient: same, Cast: cast, BroadcastTo: broadcast, Reshape: reshape,
-    Permute: permute, MulScalar: scale, DivScalar: scale, AddScalar: shift,
+    Permute: permute, Pad: pad, MulScalar: scale, DivScalar: scale, AddScalar: shift,
 }  # fmt: skip
 LOWERED: dict[type, Any] = {  # what later passes know in one form only
     Transpose: transpose, Summation: reduction, Max: reduction, Min: reduction,
-    ScatterAdd: scatter,
+    ScatterAdd: scatter, IndexCopy: index_copy,
 }  # fmt: skip

@@ -21,7 +21,8 @@ from needle.ops import (
     log_softmax, matmul, mse_loss, nll_loss, normalize, one_hot, relu, sigmoid, silu, softmax,
     softplus, tanh,
 )
-from needle.ops.elementwise import Operand, as_float, narrowed
+from needle.ops.elementwise import Operand, as_float, narrowed, not_equal, where
+from needle.ops.index import Checked, Gather, as_indices
 # fmt: on
 # isort: on
 
@@ -35,6 +36,18 @@ def linear(x: Operand, weight: Tensor, bias: Maybe = None) -> Tensor:
         return y
     bias = narrowed(bias)
     return y + (bias.reshape(y.shape) if y.ndim == 1 else bias)
+
+
+def embedding(ids: Operand, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """y = weight[ids], (..., dim) for ids (...) of integers, or floats without fractions.
+
+    The row of padding_idx gets no gradient. IndexError: ids below 0 or from len(weight) on.
+    """
+    ids = as_indices("embedding", ids, weight)
+    y = Gather(0)(weight, Checked("embedding", len(weight))(ids))
+    if padding_idx is None:
+        return y
+    return where(not_equal(ids, padding_idx).unsqueeze(-1), y, y.detach())
 
 
 def check_probability(p: float) -> float:

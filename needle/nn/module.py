@@ -27,6 +27,13 @@ class Parameter(Tensor):
     __slots__ = ()
 
 
+class RowParameter(Parameter):
+    """A Parameter of whose rows an optimizer's step changes those alone that have a gradient."""
+
+    __slots__ = ()
+    by_rows = True
+
+
 # Hooks
 
 

@@ -38,8 +38,8 @@ from needle.ops.elementwise import (
     sqrt, square, stop_gradient, subtract, tanh, where,
 )
 from needle.ops.index import (
-    ArgSort, Gather, ScatterAdd, arange, argsort, eye, gather, getitem, linspace, one_hot,
-    scatter_add, sort, take, topk, tril, triu, unbind,
+    ArgSort, Gather, IndexCopy, ScatterAdd, arange, argsort, eye, gather, getitem, index_copy,
+    linspace, one_hot, scatter_add, sort, take, topk, tril, triu, unbind,
 )
 from needle.ops.loss import (
     bce_with_logits, cross_entropy, huber_loss, kl_div, l1_loss, mse_loss, nll_loss,

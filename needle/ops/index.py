@@ -2,8 +2,8 @@
 Next: composite.py.
 
 All reading by index is one op, Gather: integer arrays that index a run of axes. Its gradient is
-ScatterAdd, and the other way round; both add in source order. Indices out of range raise
-IndexError; negative ones count from the end.
+ScatterAdd, and the other way round; both add in source order. IndexCopy writes along an axis.
+Indices out of range raise IndexError; negative ones count from the end.
 """
 
 from __future__ import annotations
@@ -15,19 +15,27 @@ import numpy as np
 
 from needle.array.ndarray import NDArray
 from needle.array.spec import Spec, as_axis, broadcast_shapes
-from needle.autograd import Tensor, TensorOp, primitive
+from needle.autograd import MODE, Tensor, TensorOp, mode, primitive
 from needle.dtype import FLOATS, INTEGERS, as_dtype, bool_, float32, int64
 from needle.errors import expect
-from needle.ops.elementwise import Operand, as_tensor, astype, equal, where
+from needle.ops.elementwise import Operand, as_tensor, astype, equal, rule, where
 from needle.ops.movement import Slice, flip, on_axis, reshape, split, widen, without
 
 
 def check_range(name: str, indices: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
     """IndexError where an index lies outside [-size, size)."""
     for index, size in zip(indices, sizes, strict=False):
-        if index.size and (int(index.min()) < -size or int(index.max()) >= size):
-            bad = index[(index < -size) | (index >= size)].flat[0]
-            raise IndexError(f"{name}: expected indices below {size}; received {bad}")
+        check_between(words(name, size), index, -size, size)
+
+
+def check_between(text: str, index: np.ndarray, low: int, high: int) -> None:
+    if index.size and (int(index.min()) < low or int(index.max()) >= high):
+        raise IndexError(f"{text}; received {index[(index < low) | (index >= high)].flat[0]}")
+
+
+def words(name: str, size: int, wraps: bool = True) -> str:
+    """What an index should have been."""
+    return f"{name}: expected {f'indices below {size}' if wraps else f'ids from 0 to {size - 1}'}"
 
 
 def gathered(x: Spec, indices: Sequence[Spec], axis: int) -> tuple[int, ...]:
@@ -57,7 +65,9 @@ class Gather(TensorOp):
 
     def gradient(self, out_grad: Tensor, node: Tensor) -> tuple[Tensor | None, ...]:
         x, *indices = node.inputs
-        return ScatterAdd(self.axis, x.shape)(out_grad, *indices), *(None for _ in indices)
+        with mode(lazy=MODE.lazy or x.by_rows):  # by rows: what is added may never be asked for
+            grad = ScatterAdd(self.axis, x.shape)(out_grad, *indices)
+        return grad, *(None for _ in indices)
 
 
 @primitive
@@ -82,6 +92,79 @@ class ScatterAdd(TensorOp):
     def gradient(self, out_grad: Tensor, node: Tensor) -> tuple[Tensor | None, ...]:
         _, *indices = node.inputs
         return Gather(self.axis)(out_grad, *indices), *(None for _ in indices)
+
+
+@primitive
+class Checked(TensorOp):
+    """y = indices of `size` rows, int64; IndexError, in the name of `who`, for others. wraps:
+    negative ones count from the end, else they are refused."""
+
+    who: str
+    size: int
+    wraps: bool = False
+
+    def infer(self, index: Spec) -> Spec:
+        return index.with_dtype(int64)
+
+    @property
+    def words(self) -> str:
+        return words(self.who, self.size, self.wraps)
+
+    def compute(self, index: np.ndarray) -> np.ndarray:
+        check_between(self.words, index, -self.size if self.wraps else 0, self.size)
+        return np.where(index < 0, index + self.size, index).astype(int64)
+
+    gradient = rule(None)
+
+
+@primitive
+class IndexCopy(TensorOp):
+    """y = x; then y[:, ..., i] = z along an axis, in the order of indices, the last of equal ones
+    counting; dx = dy, 0 at these places; dz = dy gathered, 0 where it was written over"""
+
+    axis: int
+
+    def infer(self, x: Spec, source: Spec, index: Spec) -> Spec:
+        wanted = x.with_shape(gathered(x, [index], self.axis))
+        fits = index.ndim == 1 and source == wanted
+        words = f"a list of indices and a source {wanted}; received {index} and {source}"
+        expect(fits, f"index_copy: expected {words}")
+        return x
+
+    def compute(self, x: np.ndarray, source: np.ndarray, index: np.ndarray) -> np.ndarray:
+        check_range("index_copy", [index], x.shape[self.axis :])
+        found = x.copy()
+        rows, sources = (np.moveaxis(each, self.axis, 0) for each in (found, source))
+        for place, row in enumerate(index):
+            rows[row] = sources[place]
+        return found
+
+    def gradient(self, out_grad: Tensor, node: Tensor) -> tuple[Tensor | None, ...]:
+        x, source, index = node.inputs
+        last = last_places(index, x.shape[self.axis])
+        kept = reshape(equal(last, places_of(index)), (-1, *[1] * (x.ndim - self.axis - 1)))
+        below = where(kept, Gather(self.axis)(out_grad, index), 0.0)
+        zero = widen(as_tensor(np.zeros((), source.dtype), source), source.shape)
+        return self(out_grad, zero, index), below, None
+
+
+def places_of(index: Tensor) -> Tensor:
+    return as_tensor(np.arange(len(index)), index)
+
+
+def last_places(index: Tensor, rows: int) -> Tensor:
+    """For each of a list of indices of rows, the place of the last one equal to it."""
+    none = widen(as_tensor(np.zeros((), np.int64), index), (rows,))
+    return Gather(0)(IndexCopy(0)(none, places_of(index), index), index)
+
+
+def index_copy(x: Operand, axis: int, index: Operand, source: Operand) -> Tensor:
+    """x with x[..., index[i], ...] = source[..., i, ...] along an axis: as torch.index_copy, but of
+    equal indices the last one counts, and x stays as it is."""
+    x, axis = on_axis("index_copy", x, axis)
+    return IndexCopy(axis)(
+        x, astype(as_tensor(source, x), x.dtype), as_indices("index_copy", index, x)
+    )
 
 
 def as_indices(name: str, index: Operand, like: Tensor | None = None) -> Tensor:

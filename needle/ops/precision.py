@@ -44,7 +44,8 @@ AS_GIVEN: tuple[type[Op], ...] = (
     ew.Cast, ew.StopGradient, ew.BroadcastTo, no.Masked,
     act.Sigmoid, act.SiLU, act.GELU, act.ELU, act.LeakyReLU,
     # choice and movement
-    re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd,
+    re.Max, re.Min, re.ArgMax, re.ArgMin, ix.ArgSort, ix.Gather, ix.ScatterAdd, ix.IndexCopy,
+    ix.Checked,
     mo.Reshape, mo.After, mo.Permute, mo.Transpose, mo.Slice, mo.Unslice, mo.Pad, mo.Flip,
     mo.Dilate, mo.UnDilate, mo.Concatenate, mo.Stack, mo.Split, cv.Windows, ToDevice,
     tu.MakeTensorTuple, tu.TupleGetItem, tu.FusedAddScalars,

@@ -9,20 +9,67 @@ a loss that was scaled.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
 from needle.autograd import Tensor, primitive
 from needle.dtype import LOW_PRECISION, DType, float32, promote
+from needle.errors import expect
 from needle.ops.composite import CompositeTuple
-from needle.ops.elementwise import astype, isnan, maximum, minimum, rsqrt, sign, sqrt, where
-from needle.ops.movement import stack, unsqueeze
+from needle.ops.elementwise import (
+    astype,
+    isnan,
+    maximum,
+    minimum,
+    not_equal,
+    rsqrt,
+    sign,
+    sqrt,
+    where,
+)
+from needle.ops.index import Gather, IndexCopy, ScatterAdd, last_places
+from needle.ops.movement import flatten, reshape, stack, unsqueeze
 from needle.ops.normalize import average
+from needle.ops.reduce import any as any_of
 from needle.ops.reduce import norm, summation
 
 
 def working_dtype(dtype: DType) -> DType:
     """What an update of a parameter of this dtype computes in, and keeps its states in."""
     return float32 if dtype in LOW_PRECISION else dtype
+
+
+def update_rows(
+    update: Callable[..., Any], p: Tensor, grad: Any, numbers: Sequence[Tensor], *states: Tensor
+) -> list[Tensor]:
+    """An update of the rows of p and of its states whose gradient is not all zeros; others stay.
+
+    Where the gradient is that of rows read by index and was not asked for, nothing else is read or
+    written: the gradients of a row that was read twice are added, in order, as in the whole.
+    """
+    shapes = {x.shape for x in states} - {p.shape}
+    expect(not shapes, f"step: expected states of shape {p.shape} for rows; received {shapes}")
+    if type(grad.op) is not ScatterAdd or grad.cached_data is not None or len(grad.inputs) > 2:
+        return moved(update, grad, numbers, (p, *states))
+    source, index = grad.inputs
+    index = flatten(index)
+    rows = reshape(source, (len(index), *p.shape[1:]))
+    last = last_places(index, len(p))
+    g = Gather(0)(ScatterAdd(0, rows.shape)(rows, last), last)
+    found = moved(update, g, numbers, [Gather(0)(x, index) for x in (p, *states)])
+    pairs = zip((p, *states), found, strict=True)
+    return [IndexCopy(0)(x, each, index) for x, each in pairs]
+
+
+def moved(
+    update: Callable[..., Any], grad: Tensor, numbers: Sequence[Tensor], held: Sequence[Tensor]
+) -> list[Tensor]:
+    """What is held after an update, of rows without gradient as it was."""
+    has = any_of(not_equal(grad, 0.0), tuple(range(1, grad.ndim)), keepdims=True)
+    found = update(held[0], grad, *numbers, *held[1:])
+    return [where(has, new, old) for old, new in zip(held, found, strict=True)]
 
 
 class Update(CompositeTuple):

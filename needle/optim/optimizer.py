@@ -19,7 +19,7 @@ from needle.array.ndarray import NDArray
 from needle.autograd import Holder, Tensor, mode
 from needle.backend.device import Device
 from needle.init import zeros
-from needle.ops.update import working_dtype
+from needle.ops.update import update_rows, working_dtype
 from needle.optim.clipping import clip_grad_norm, with_gradient
 from needle.optim.options import as_option, listed
 
@@ -140,7 +140,10 @@ class Optimizer(Holder):
                 for p in group.params:
                     if p.grad is not None:
                         own = [state[p] for state in states if p in state]
-                        found = function(p, p.grad, *numbers, *own)
+                        if p.by_rows:
+                            found = update_rows(function, p, p.grad, numbers, *own)
+                        else:
+                            found = function(p, p.grad, *numbers, *own)
                         for old, new in zip((p, *own), found, strict=True):
                             old.data = new
 

@@ -526,6 +526,9 @@ def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
     return Repeat(op.turns, kernels, body, lowered.plan.offsets, scratch, (node,))
 
 
+WHOLE: dict[str, Callable[..., AnyNest]] = {"scatter": build_scatter, "repeat": build_repeat}
+
+
 def build(
     fuser: Fuser, strides: Mapping[Node, Sequence[int]], lower: Callable[..., Any],
     checks: list[tuple[str, int]],
@@ -554,10 +557,8 @@ def build(
                 made[group] = build_loop(layout, group, kept)
         elif group.kind == "contraction":
             made[group] = build_contraction(layout, group, kept)
-        elif group.kind == "scatter":
-            made[group] = build_scatter(layout, group, owner[group.number])
-        elif group.kind == "repeat":
-            made[group] = build_repeat(layout, group, owner[group.number])
+        elif group.kind in WHOLE:
+            made[group] = WHOLE[group.kind](layout, group, owner[group.number])
         else:
             made[group] = build_host(layout, owner[group.number], items)
     for group, nest in made.items():

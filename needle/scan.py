@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from needle import autograd
-from needle.autograd import MODE, Tensor, TensorTuple, Value, spec_of
+from needle.autograd import MODE, Tensor, TensorTuple, spec_of
 from needle.backend.device import Device
 from needle.capture.structure import rebuild, walk
 from needle.capture.trace import Trace
@@ -22,7 +22,7 @@ from needle.init.random import Generator, drawing
 from needle.nn.module import Module
 from needle.ops import concatenate, reshape
 from needle.ops.composite import placeholder
-from needle.ops.scan import Segment, loop, segment_of
+from needle.ops.scan import loop, segment_of
 
 
 class BodyTrace(Trace):
@@ -62,7 +62,7 @@ class Body:
     def __init__(self, function: Callable[..., Any], init: Any, carry: Any, x: Any) -> None:
         name = getattr(function, "__name__", "body")
         trace = self.trace = BodyTrace(name)
-        inputs = [each for _, each in walk((carry, x), "") if isinstance(each, Tensor)]
+        inputs: list[Any] = [x for _, x in walk((carry, x), "") if isinstance(x, Tensor)]
         trace.created.update(dict.fromkeys(inputs, ""))
         settings: Any = {"trace": trace, "lazy": True, "tracing": True, "record": None}
         with autograd.mode(**settings):
@@ -71,7 +71,7 @@ class Body:
             received = f"received {type(found).__name__}"
             expect(pair, f"scan: expected a body that returns (carry, y); {received}", TypeError)
             after, self.y = found
-            self.state = [each for each in trace.written if each not in trace.created]
+            self.state: list[Any] = [each for each in trace.written if each not in trace.created]
             check_carry(init, after)
             ys = tensors("y", self.y)
             outputs = [*tensors("carry", after), *(trace.written[each] for each in self.state), *ys]
@@ -109,12 +109,13 @@ def check_carry(before: Any, after: Any) -> None:
 
 
 def length_of(xs: Any, length: int | None) -> int:
-    found = {path: x.shape[0] if x.ndim else None for path, x in walk(xs, "xs") if x is not None}
+    found = {path: x.shape[0] if x.ndim else -1 for path, x in walk(xs, "xs") if x is not None}
     sizes = {*found.values()} | ({length} if length is not None else set())
     given = ", ".join(f"{path} of {size}" for path, size in found.items())
+    fits = len(sizes) == 1 and all(isinstance(size, int) and size >= 0 for size in sizes)
     received = f"received {given or 'none'} and length={length}"
-    expect(len(sizes) == 1 and None not in sizes, f"scan: expected xs of one length; {received}")
-    return int(sizes.pop())
+    expect(fits, f"scan: expected xs along a first axis of one length; {received}")
+    return sizes.pop()
 
 
 def scan(
@@ -133,7 +134,9 @@ def scan(
     again. As jax.lax.scan (Frostig, Johnson and Leary, 2018). TypeError and ValueError for other
     structures, shapes and dtypes; TraceError where the body needs a value.
     """
-    expect(callable(body), f"scan: expected a function; received a {type(body).__name__}", TypeError)
+    expect(
+        callable(body), f"scan: expected a function; received a {type(body).__name__}", TypeError
+    )
     tensors("init", init)
     tensors("xs", xs)
     count, k = length_of(xs, length), checkpoint_every
@@ -177,9 +180,7 @@ def turn(
     element = mapped(xs, lambda x: stand_in(x, x.shape[1:], x.requires_grad and MODE.grad))
     traced = Body(body, init, carry, element)
     begin = [*tensors("init", init), *(x.detach() for x in traced.state)]
-    found = loop(
-        traced.segment, begin, tensors("xs", xs), traced.captured, length, reverse, save
-    )
+    found = loop(traced.segment, begin, tensors("xs", xs), traced.captured, length, reverse, save)
     results = iter(found)
     last = mapped(init, lambda _: next(results))
     for x in traced.state:

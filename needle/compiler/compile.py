@@ -249,7 +249,7 @@ class Recipes:
                 self.add(inner_nest, kernel, number)
             self.step += 1
         last = len(self.launches)
-        moves = [(last - place, *rest) for place, *rest in self.moves[nest]]
+        moves = [(last - place, slot, step, flips) for place, slot, step, flips in self.moves[nest]]
         self.launches.append(
             Launch("loop", [], [last - first], 1, 1, 0, 0, kernel, number, self.step, False,
                    nest.turns, moves)

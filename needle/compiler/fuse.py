@@ -147,10 +147,8 @@ class Fuser:
             self.inline_or_place(node)
         elif kind in INLINED:
             self.weigh(node, 0)
-        elif kind is Repeat:
-            self.place_repeat(node)
         elif not node.is_leaf and node not in self.group_of:
-            self.place_host(node)
+            (self.place_repeat if kind is Repeat else self.place_host)(node)
 
     # Inlined or placed
 
@@ -478,6 +476,7 @@ class Fuser:
         self.users[part] = []
         self.place(part)
         return part
+
     def copy(self, x: Node) -> Node:
         found = Node(ops.StopGradient(), (x,), x.spec, x.place)
         self.users[found] = []

@@ -574,8 +574,8 @@ def show(nest: AnyNest) -> str:
             step = f"{'+-' if each.flips else '+'}{each.step}" if each.step else ""
             lines.append(f"  {x} = {each.buffer}+{each.offset} {step}".rstrip())
         for kernel in nest.kernels:
-            body = "\n".join(map(show, kernel)).replace("\n", "\n    ")
-            lines.append(f"  kernel\n    {body}")
+            text = "\n".join(map(show, kernel)).replace("\n", "\n    ")
+            lines.append(f"  kernel\n    {text}")
         return "\n".join(lines)
     inputs, outputs = (", ".join(str(x) for x, _ in each) for each in (nest.inputs, nest.outputs))
     return f"host {nest.op}({inputs}) -> {outputs}"

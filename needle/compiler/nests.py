@@ -520,6 +520,9 @@ def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
     return Repeat(op.turns, kernels, body, lowered.plan.offsets, scratch, (node,))
 
 
+WHOLE: dict[str, Callable[..., AnyNest]] = {"scatter": build_scatter, "repeat": build_repeat}
+
+
 def build(
     fuser: Fuser, strides: Mapping[Node, Sequence[int]], lower: Callable[..., Any],
     checks: list[tuple[str, int]],
@@ -535,8 +538,11 @@ def build(
     for node in hosts:
         if isinstance(node.op, Item):
             items.setdefault(node.inputs[0], []).append(node)
-    owner = {group.number: node for node, group in fuser.group_of.items()
-             if group.kind in ("host", "scatter", "repeat") and not isinstance(node.op, Item)}
+    owner = {
+        group.number: node
+        for node, group in fuser.group_of.items()
+        if group.kind in ("host", "scatter", "repeat") and not isinstance(node.op, Item)
+    }
     made: dict[Group, AnyNest] = {}
     for group in in_order(fuser.groups):
         kept = [x for x in group.index if x in stored or isinstance(x.op, Piece)]
@@ -545,10 +551,8 @@ def build(
                 made[group] = build_loop(layout, group, kept)
         elif group.kind == "contraction":
             made[group] = build_contraction(layout, group, kept)
-        elif group.kind == "scatter":
-            made[group] = build_scatter(layout, group, owner[group.number])
-        elif group.kind == "repeat":
-            made[group] = build_repeat(layout, group, owner[group.number])
+        elif group.kind in WHOLE:
+            made[group] = WHOLE[group.kind](layout, group, owner[group.number])
         else:
             made[group] = build_host(layout, owner[group.number], items)
     for group, nest in made.items():

@@ -6,9 +6,8 @@ from typing import Any
 
 from needle.autograd import Tensor
 from needle.errors import expect
-from needle.init import randn
-from needle.nn import LSTM, Dropout, Linear, Module, Parameter
-from needle.ops import reshape, take
+from needle.nn import LSTM, Dropout, Embedding, Linear, Module
+from needle.ops import reshape
 
 
 class LSTMLanguageModel(Module):
@@ -24,7 +23,7 @@ class LSTMLanguageModel(Module):
         num_layers: int = 1, dropout: float = 0.0, device: Any = None, dtype: Any = "float32",
     ) -> None:  # fmt: skip
         place = {"device": device, "dtype": dtype}
-        self.embedding = Parameter(randn(vocabulary, embedding_size, **place))
+        self.embedding = Embedding(vocabulary, embedding_size, **place)
         self.lstm = LSTM(embedding_size, hidden_size, num_layers, dropout=dropout, **place)
         self.dropout = Dropout(dropout)
         self.output = Linear(hidden_size, vocabulary, **place)
@@ -32,7 +31,7 @@ class LSTMLanguageModel(Module):
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         shape = f"received shape {tokens.shape}"
         expect(tokens.ndim == 2, f"lstm: expected tokens (seq, batch); {shape}")
-        y, state = self.lstm(self.drop(take(self.embedding, tokens)), state)
+        y, state = self.lstm(self.drop(self.embedding(tokens)), state)
         return self.output(reshape(self.drop(y), (-1, self.lstm.hidden_size))), state
 
     def drop(self, x: Tensor) -> Tensor:

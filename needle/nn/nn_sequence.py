@@ -2,5 +2,6 @@
 
 # ruff: noqa: F401
 from needle.nn.activation import Sigmoid
+from needle.nn.embedding import Embedding
 from needle.nn.module import Module, Parameter
 from needle.nn.recurrent import LSTM, RNN, LSTMCell, RNNCell

@@ -71,8 +71,10 @@ class Cell(Module):
 
     def project(self, x: Tensor) -> Tensor:
         """The input's share of the gates, of x (..., input_size), both biases in it."""
-        biases = [b for b in (self.bias_ih, self.bias_hh) if b is not None]
-        return functional.linear(x, self.W_ih, sum(biases[1:], *biases[:1]) if biases else None)
+        bias = self.bias_ih
+        if bias is not None and self.bias_hh is not None:
+            bias = bias + self.bias_hh
+        return functional.linear(x, self.W_ih, bias)
 
     def step(self, gates: Tensor, state: State) -> State:
         """The next state, from the input's share and the state before."""
@@ -193,9 +195,7 @@ class Recurrent(Module):
         """Layer by layer, of each the one that goes forward first."""
         raise NotImplementedError(f"{type(self).__name__}: cells are not named")
 
-    def run(
-        self, x: Tensor, state: State | None, lengths: Any
-    ) -> tuple[Tensor, list[Tensor]]:
+    def run(self, x: Tensor, state: State | None, lengths: Any) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and of each part of the state those of all cells, stacked."""
         name, count = type(self).__name__, len(self.cells)
         shape = f"{name}: expected x of shape (seq, batch, {self.input_size})"

@@ -9,16 +9,15 @@ are missing (checkpoints, higher derivatives), the body is computed again, turn 
 of the carries. What a captured tensor's gradient adds up over turns is, by definition, for each of
 its uses:
 
-    a product a @ b     one product of all turns' a side by side and all turns' b below each other
-    what is stacked anyway                  the stack's sum over turns
-    anything else                           a sum carried from turn to turn
+    a product a @ b, or a sum over a first axis     one of all turns' operands side by side
+    what is stacked anyway                          the stack's sum over turns
+    anything else                                   a sum carried from turn to turn
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ from needle.ops.composite import placeholder, tracing
 from needle.ops.contract import BroadcastMatMul, MatMul
 from needle.ops.elementwise import StopGradient
 from needle.ops.movement import Permute, Reshape, Transpose, broadcast_to, permute, reshape
-from needle.ops.reduce import summation
+from needle.ops.reduce import Summation, summation
 from needle.ops.tuples import MakeTensorTuple, Together, tuple_get_item
 
 
@@ -211,7 +210,7 @@ def hoist(body: Segment, changing: int, captured: Sequence[Any]) -> tuple[Segmen
     values = before.values(captured)
     inputs = [*range(changing), *used]
     new = {n: number for number, n in enumerate(inputs)}
-    rest = []
+    rest: list[Step] = []
     for n, step in steps:
         if varies[n]:
             new[n] = len(inputs) + len(rest)
@@ -241,8 +240,8 @@ class Use(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """The gradient of a Scan: a body, and what the gradients of the inputs are made of: a result of
-    its scan (by number), a stack of it (Use), the sum of one (Use,), or a product (op, Use, Use)."""
+    """The gradient of a Scan: a body, and of what the inputs' gradients are made: a result of its
+    scan (by number), a stack of it (Use), or a sum over turns (op or None, Use, ...)."""
 
     body: Segment  # from (dcarries, sums | dys, stacks | captured, constants)
     carries: tuple[int, ...]  # those of floats
@@ -276,10 +275,9 @@ class Adjoint(NamedTuple):
                 return found[part]
             if isinstance(part, Use):
                 return stack_of(part)
-            first = stack_of(part[-1])
-            return summation(first, (0,)) if len(part) == 1 else product(
-                part[0], stack_of(part[1]), first
-            )
+            op, *uses = part
+            stacks = map(stack_of, uses)
+            return added_up(*stacks) if op is None else ACROSS[type(op)](op, *stacks)
 
         grads = [[total(part) for part in parts] for parts in self.parts]
         return tuple([autograd.add_partials(parts) if parts else None for parts in grads])
@@ -297,13 +295,26 @@ class Adjoint(NamedTuple):
         return found
 
 
-def product(multiply: MatMul, a: Any, b: Any) -> Any:
+def added_up(x: Any) -> Any:
+    """The sum over turns of x."""
+    return summation(x, (0,))
+
+
+def sum_across(op: Summation, x: Any) -> Any:
+    """The sum over turns of x's sum over its first axis, as one sum."""
+    return summation(reshape(x, (-1, *x.shape[2:])), (0,))
+
+
+def product_across(multiply: MatMul, a: Any, b: Any) -> Any:
     """The sum over turns of a @ b, as one product."""
     *batch, m, k = a.shape[1:]
     axes = range(1, len(batch) + 1)
     a = reshape(permute(a, (*axes, a.ndim - 2, 0, a.ndim - 1)), (*batch, m, len(a) * k))
     b = reshape(permute(b, (*axes, 0, b.ndim - 2, b.ndim - 1)), (*batch, len(b) * k, b.shape[-1]))
     return multiply.multiply(a, b)
+
+
+ACROSS: dict[type[Op], Callable[..., Any]] = {MatMul: product_across, Summation: sum_across}
 
 
 def moved(stack: Any, moves: Sequence[Op]) -> Any:
@@ -383,9 +394,7 @@ class Derivation:
         results += [start + part for part, (start, _) in added.items()]
         return self.finish(parts, first, [*results, *self.stacked], len(added))
 
-    def finish(
-        self, parts: list[Any], first: list[Any], results: list[Any], sums: int
-    ) -> Adjoint:
+    def finish(self, parts: list[Any], first: list[Any], results: list[Any], sums: int) -> Adjoint:
         """The gradient's body, when what it returns is known."""
         count, size = self.op.carries + self.op.xs, self.op.body.inputs
         carries = len(first)
@@ -417,11 +426,12 @@ class Derivation:
         """How a part of a captured tensor's gradient adds up."""
         if part in products:
             return products[part]
-        return added[part][1] if part in added else (Use(False, self.stacked[part]),)
+        return added[part][1] if part in added else (None, Use(False, self.stacked[part]))
 
     def product(self, part: Any) -> Any:
-        """A part that is a product of what changes from turn to turn, as one."""
-        if not isinstance(part.op, MatMul):
+        """A part that is a product of what changes from turn to turn, or its sum, as one."""
+        is_sum = isinstance(part.op, Summation) and part.op.axes == (0,)
+        if not is_sum and not isinstance(part.op, MatMul):
             return None
         pairs = [self.source(x) for x in part.inputs]
         if any(x in self.leaves[self.op.carries + self.op.xs :] for x, _ in pairs):

@@ -183,8 +183,8 @@ class Torch:
         return sum(sums) / sum(y.size for _, y in parts)
 
 
-def run(config: TrainConfig, every: int, compiled: bool) -> dict[str, Any]:
-    """Train both; what a row of the table says of each, by name."""
+def run(config: TrainConfig, every: int, compiled: bool, only: str | None) -> dict[str, Any]:
+    """Train both, or one; what a row of the table says of each, by name."""
     train, test = read_texts(config)
     tokenizer = CharTokenizer(train + test)
     config = replace(config, vocab_size=tokenizer.vocab_size)
@@ -195,7 +195,8 @@ def run(config: TrainConfig, every: int, compiled: bool) -> dict[str, Any]:
     windows = tokens[starts + np.arange(config.block_size + 1)]
     batches = [(each[:, :-1], each[:, 1:]) for each in windows]
     begun = time.perf_counter()
-    rows = [Torch(config, compiled), Needle(config)]
+    rows: list[Any] = [] if only == "needle" else [Torch(config, compiled)]
+    rows += [] if only == "pytorch" else [Needle(config)]
     found = {
         each.name: {"parameters": count(each.model), "train_s": 0.0, "validate_s": 0.0}
         for each in rows
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--threads", type=int, help="by default all")
     parser.add_argument("--compile", action="store_true", help="PyTorch through torch.compile")
+    parser.add_argument("--only", choices=("needle", "pytorch"), help="train one of them")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
     options = parser.parse_args()
     if options.threads:
@@ -237,7 +239,7 @@ def main() -> None:
     config = TrainConfig.for_data(
         model="gpt", data_dir=options.data_dir, max_steps=options.steps, seed=options.seed
     )
-    found = run(config, options.every, options.compile)
+    found = run(config, options.every, options.compile, options.only)
     for name, told in found.items():
         print(f"{name:32} " + "  ".join(f"{key} {value:,.4g}" for key, value in told.items()))
     if options.json:

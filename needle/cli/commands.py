@@ -212,9 +212,9 @@ def generate_text(
     if tokenizer is None:
         raise ValueError(f"generate: expected a run on text; {received}")
     model = train.load_model(path, config)
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    options |= {"block_size": config.block_size, "seed": seed}
-    pieces = train.write_text(model, tokenizer, prompt, max_tokens, **options)
+    options = temperature, top_k, top_p
+    needle.seed(seed)
+    pieces = train.write_text(model, tokenizer, prompt, max_tokens, *options)
     for text in chain([prompt], pieces):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -12,7 +12,7 @@ underneath lies needle/files.py.
 from needle.train.config import LANGUAGE_MODELS, TrainConfig
 from needle.train.folder import (create_run, load_checkpoint, load_model, load_vocabulary, open_run,
                                  save_checkpoint, save_model)
-from needle.train.generate import draw, write_text
+from needle.train.generate import write_text
 from needle.train.image import read_image
 from needle.train.metrics import MetricsFile, Progress, draw_curves, read_metrics
 from needle.train.model import Evaluation, class_probabilities, evaluate, make_model

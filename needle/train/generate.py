@@ -6,7 +6,7 @@ trainer.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ from needle.autograd import Tensor, no_grad
 from needle.data import Tokenizer
 from needle.errors import expect
 from needle.jit import jit
+from needle.models.sampling import check_sampling, sample
 from needle.nn import Module
 from needle.train.model import BatchFirst
-
-Next = Callable[[list[int]], np.ndarray]
 
 
 def write_text(
@@ -26,87 +25,47 @@ def write_text(
     tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int,
-    *,
-    block_size: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
 ) -> Iterator[str]:
-    """What follows a prompt, in pieces: max_tokens tokens, each drawn by `draw`.
+    """What follows a prompt, in pieces: max_tokens tokens, drawn as by `needle.models.sample`.
 
-    block_size: how many of the latest tokens a model without a state sees. ValueError for an empty
-    prompt, a character that the tokenizer does not know, or an option out of range.
+    ValueError, at once: an empty prompt, a character that the tokenizer does not know, an option
+    out of range.
     """
     ids = tokenizer.encode(prompt).tolist()
     expect(ids, "generate: expected a prompt of at least one token; received none")
-    fits = 0 <= temperature < np.inf and max_tokens >= 0
-    expected = "a temperature and max_tokens of at least 0"
-    expect(fits, f"generate: expected {expected}; received {temperature} and {max_tokens}")
-    expect(top_k is None or top_k > 0, f"generate: expected top_k of at least 1; received {top_k}")
-    fits = top_p is None or 0 < top_p <= 1
-    expect(fits, f"generate: expected a top_p above 0 and at most 1; received {top_p}")
+    expect(max_tokens >= 0, f"generate: expected tokens to add; received {max_tokens}")
+    options = temperature, top_k, top_p
+    check_sampling(*options)
     model.eval()
-    look = remember(model) if isinstance(model, BatchFirst) else look_back(model, block_size)
-    rng = np.random.default_rng(seed)
-
-    def tokens() -> Iterator[int]:
-        new = list(ids)
-        for _ in range(max_tokens):
-            with no_grad():
-                logits = look(new)
-            new = [draw(logits, temperature, top_k, top_p, rng)]
-            yield new[0]
-
-    return tokenizer.stream(tokens())
+    follow = remember if isinstance(model, BatchFirst) else look_back
+    return tokenizer.stream(follow(model, ids, max_tokens, options))
 
 
-def draw(
-    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, rng: Any
-) -> int:
-    """A token by the softmax of logits (vocab_size,) / temperature; the likeliest where that is 0.
-
-    top_k: among so many of the likeliest. top_p: among the fewest of the likeliest that together
-    have this probability (Holtzman et al., 2020).
-    """
-    if temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[:top_k]
-    scaled = logits[order].astype(np.float64) / temperature
-    shares = np.exp(scaled - scaled[0])
-    shares /= shares.sum()
-    kept = 1 + int(np.searchsorted(np.cumsum(shares)[:-1], 1.0 if top_p is None else top_p))
-    shares = shares[:kept] / shares[:kept].sum()
-    return int(rng.choice(order[:kept], p=shares))
-
-
-def remember(model: BatchFirst) -> Next:
-    """What a recurrent model says after all tokens so far; it is called with the new ones."""
+def remember(model: Any, ids: list[int], count: int, options: Any) -> Iterator[int]:
+    """The tokens that follow, by a recurrent model, whose state knows all of them."""
     state: Any = None
     step = jit(lambda tokens, state: model.model(tokens, state))
-
-    def look(new: list[int]) -> np.ndarray:
-        nonlocal state
-        tokens = Tensor(np.array(new, np.int32)[:, None], requires_grad=False)
-        logits, state = model.model(tokens) if state is None else step(tokens, state)
-        return logits.numpy()[-1]
-
-    return look
+    for _ in range(count):
+        tokens = Tensor(np.array(ids, np.int32)[:, None], requires_grad=False)
+        with no_grad():
+            logits, state = model.model(tokens) if state is None else step(tokens, state)
+        ids = [int(sample(logits.numpy()[-1], *options))]
+        yield ids[0]
 
 
-def look_back(model: Module, block_size: int) -> Next:
-    """What a causal model says after the latest block_size tokens; it is called with the new ones.
+def look_back(model: Any, ids: list[int], count: int, options: Any) -> Iterator[int]:
+    """The tokens that follow, by a model with a context of block_size tokens.
 
-    The window is filled up behind them, where no token looks, so that one program serves all.
+    Where the context is full, its second half becomes the prompt for what follows.
     """
-    seen: list[int] = []
-    step = jit(lambda tokens: model(tokens))
-
-    def look(new: list[int]) -> np.ndarray:
-        seen.extend(new)
-        del seen[:-block_size]
-        window = np.zeros((1, block_size), np.int32)
-        window[0, : len(seen)] = seen
-        return step(Tensor(window, requires_grad=False)).numpy()[0, len(seen) - 1]
-
-    return look
+    names, most = ("temperature", "top_k", "top_p"), model.config.block_size
+    while count:
+        ids = ids if len(ids) < most else ids[-max(1, most // 2) :]
+        room = min(count, max(1, most - len(ids)))
+        for token in model.generate(ids, room, **dict(zip(names, options, strict=True))):
+            ids.append(token)
+            yield token
+        count -= room

@@ -14,7 +14,7 @@ from needle import nn, ops
 from needle.autograd import Tensor, no_grad
 from needle.backend.device import Device
 from needle.data import DataLoader, TokenDataset
-from needle.models import LSTMLanguageModel, ResNet9, make_mlp_resnet
+from needle.models import GPT, GPTConfig, LSTMLanguageModel, ResNet9, make_mlp_resnet
 from needle.train.config import TrainConfig
 from needle.train.task import TASKS, enlarge
 
@@ -56,6 +56,9 @@ class BatchFirst(nn.Module):
 
 def make_language_model(config: TrainConfig, device: Device | None) -> nn.Module:
     vocabulary, width = config.vocab_size, config.hidden_dim
+    if config.model == "gpt":
+        shape = config.block_size, vocabulary, config.num_blocks, config.num_heads, width
+        return GPT(GPTConfig(*shape, config.dropout, config.bias, gelu="none"), device)
     sizes = width, width, config.num_blocks, config.dropout
     return BatchFirst(LSTMLanguageModel(vocabulary, *sizes, device=device))
 
@@ -68,6 +71,9 @@ def state_size(config: TrainConfig) -> int | None:
     width, blocks, vocabulary = config.hidden_dim, config.num_blocks, config.vocab_size
     if config.model == "lstm":
         return blocks * 8 * width * (width + 1) + (2 * width + 1) * vocabulary
+    if config.model == "gpt":
+        vectors = (11 * blocks + 1 if config.bias else 0) + 2 * blocks + 1
+        return (vocabulary + config.block_size + 12 * blocks * width + vectors) * width
     half, task = width // 2, TASKS[config.data]
     block = (width + 1) * half + (half + 1) * width + 4 * (half + width)
     return (math.prod(task.shape) + 1) * width + blocks * block + (width + 1) * len(task.classes)

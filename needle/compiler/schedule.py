@@ -17,7 +17,13 @@ from heapq import heappop, heappush
 from needle.compiler import OFF
 from needle.compiler.graph import Constant, Input
 from needle.compiler.loops import (
-    AnyNest, Buffer, Contraction, HostCall, Repeat, Scatter, ordered,
+    AnyNest,
+    Buffer,
+    Contraction,
+    HostCall,
+    Repeat,
+    Scatter,
+    ordered,
 )  # fmt: skip
 
 ALIGNMENT = 64

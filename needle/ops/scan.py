@@ -277,10 +277,8 @@ class Adjoint(NamedTuple):
             if isinstance(part, Use):
                 return stack_of(part)
             first = stack_of(part[-1])
-            return (
-                summation(first, (0,))
-                if len(part) == 1
-                else product(part[0], stack_of(part[1]), first)
+            return summation(first, (0,)) if len(part) == 1 else product(
+                part[0], stack_of(part[1]), first
             )
 
         grads = [[total(part) for part in parts] for parts in self.parts]
@@ -385,7 +383,9 @@ class Derivation:
         results += [start + part for part, (start, _) in added.items()]
         return self.finish(parts, first, [*results, *self.stacked], len(added))
 
-    def finish(self, parts: list[Any], first: list[Any], results: list[Any], sums: int) -> Adjoint:
+    def finish(
+        self, parts: list[Any], first: list[Any], results: list[Any], sums: int
+    ) -> Adjoint:
         """The gradient's body, when what it returns is known."""
         count, size = self.op.carries + self.op.xs, self.op.body.inputs
         carries = len(first)

@@ -166,7 +166,8 @@ def test_a_tensor_keeps_numpys_dtype(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "array", [[1, 2], [1.5, 2.5], 3, 3.5, [[1], [2]], (1, 2), np.random.randn()]
+    "array",
+    [[1, 2], [1.5, 2.5], 3, 3.5, [[1], [2]], (1, 2), pytest.param(np.random.randn(), id="a draw")],
 )
 def test_python_numbers_become_float32(array: Any) -> None:
     assert ndl.Tensor(array).dtype == "float32"

@@ -178,15 +178,25 @@ class Fuser:
     def may_repeat(self, node: Node) -> bool:
         """Whether computing an element again costs no more than keeping it.
 
-        It reads one input's, others being the same for many, as in x - mean; or all readers but
-        one, as relu's gradient, ask only for its sign.
+        It reads one input's, others being the same for many, as in x - mean; or what is the same
+        for many alone, as labels compared with classes; or all readers but one, as relu's
+        gradient, ask only for its sign.
         """
         if "fuse" in OFF or node in self.outputs:
             return False
+        if self.weight[node] <= FEW_OPS and all(map(self.is_little, node.inputs)):
+            return True
         if isinstance(node.op, SHIFTS) and self.weight[node] <= LIGHT:
             return sum(not is_spread(x) for x in node.inputs) == 1
         users = [type(x.op) for x in self.users[node] if not isinstance(x.op, Comparison)]
         return len(users) == 1 and users[0] in MOVES and self.weight[node] <= FEW_OPS
+
+    def is_little(self, x: Node) -> bool:
+        """Whether an element is made of what many elements share."""
+        if x in self.group_of or x.is_leaf:
+            return x.spec.size == 1
+        inner = is_elementwise(x) and len(x.inputs) > 0
+        return is_spread(x) or (inner and all(map(self.is_little, x.inputs)))
 
     def place(self, node: Node) -> None:
         """Give a node memory of its own or a group to stay in: a member of some group."""

@@ -71,16 +71,18 @@ NAMES = {
     "needle.ops": """add add_scalar multiply mul_scalar power power_scalar divide divide_scalar
         matmul summation broadcast_to reshape negate transpose log exp relu tanh logsumexp
         logsoftmax stack
-        split flip dilate undilate make_tuple tuple_get_item fused_add_scalars
+        split flip dilate undilate conv make_tuple tuple_get_item fused_add_scalars
         EWiseAdd AddScalar EWiseMul MulScalar EWisePow PowerScalar EWiseDiv DivScalar Transpose
         Reshape BroadcastTo Summation MatMul Negate Log Exp ReLU Tanh LogSumExp LogSoftmax Stack
-        Split Flip Dilate UnDilate""",
+        Split Flip Dilate UnDilate Conv""",
     "needle.init": """rand randn constant ones zeros randb one_hot zeros_like ones_like
         kaiming_uniform kaiming_normal xavier_uniform xavier_normal""",
     "needle.nn": """Module Parameter Identity Linear Flatten ReLU Sequential Residual Dropout
-        SoftmaxLoss LayerNorm1d BatchNorm1d Tanh Sigmoid nn_basic""",
+        SoftmaxLoss LayerNorm1d BatchNorm1d BatchNorm2d Conv Tanh Sigmoid nn_basic
+        nn_conv""",
     "needle.nn.nn_basic": """Module Parameter Identity Linear Flatten ReLU Sequential Residual
-        Dropout SoftmaxLoss LayerNorm1d BatchNorm1d""",
+        Dropout SoftmaxLoss LayerNorm1d BatchNorm1d BatchNorm2d""",
+    "needle.nn.nn_conv": "Conv",
     "needle.optim": "Optimizer SGD Adam",
     "needle.data": """Dataset DataLoader MNISTDataset NDArrayDataset RandomFlipHorizontal
         RandomCrop""",
@@ -93,6 +95,7 @@ NAMES = {
 SIGNATURES: dict[Callable[..., Any], str] = {
     nn.Linear: "in_features out_features bias device dtype",
     nn.Dropout: "p",
+    nn.Conv: "in_channels out_channels kernel_size stride bias device dtype",
     nn.LayerNorm1d: "dim eps device dtype",
     nn.BatchNorm1d: "dim eps momentum device dtype",
     nn.Residual: "fn",

@@ -1,8 +1,8 @@
 """Layers, containers and losses: functions of tensors that hold parameters.
 
-Read module.py (what a Module is), functional.py (the layers as functions), then one file for each
-family: activation.py, linear.py, normalization.py, container.py, conv.py, pool.py, loss.py;
-summary.py, convert.py, fold.py.
+Read module.py (what a Module is), layout.py, functional.py (the layers as functions), then one file
+for each family: activation.py, linear.py, normalization.py, container.py, conv.py, pool.py,
+loss.py; summary.py, convert.py, fold.py.
 """
 
 # fmt: off

@@ -86,7 +86,8 @@ NAMES = {
     "needle.nn.nn_transformer": """MultiHeadAttention AttentionLayer TransformerLayer
         Transformer""",
     "needle.nn.nn_basic": """Module Parameter Identity Linear Flatten ReLU Sequential Residual
-        Dropout SoftmaxLoss LayerNorm1d BatchNorm1d""",
+        Dropout SoftmaxLoss LayerNorm1d BatchNorm1d BatchNorm2d""",
+    "needle.nn.nn_conv": "Conv",
     "needle.optim": "Optimizer SGD Adam",
     "needle.data": """Dataset DataLoader MNISTDataset NDArrayDataset RandomFlipHorizontal
         RandomCrop CIFAR10Dataset Corpus batchify get_batch""",
@@ -99,6 +100,7 @@ NAMES = {
 SIGNATURES: dict[Callable[..., Any], str] = {
     nn.Linear: "in_features out_features bias device dtype",
     nn.Dropout: "p",
+    nn.Conv: "in_channels out_channels kernel_size stride bias device dtype",
     nn.LayerNorm1d: "dim eps device dtype",
     nn.BatchNorm1d: "dim eps momentum device dtype",
     nn.Residual: "fn",

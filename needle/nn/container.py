@@ -1,4 +1,4 @@
-"""Modules made of modules. Next: loss.py.
+"""Modules made of modules. Next: conv.py.
 
 Plain lists and dicts of modules in an attribute need no container: a Module's walk finds them.
 """

@@ -22,8 +22,6 @@ from needle.nn.module import Module, Parameter
 from needle.nn.normalization import BatchNorm, BatchNorm1d
 from needle.ops.elementwise import as_tensor
 
-Pair = tuple[Module, Module]
-
 
 def fold_batchnorm(model: Module, *inputs: Any) -> Module:
     """A copy of a model in evaluation mode, whose batch norms are folded into the convolutions or
@@ -41,11 +39,10 @@ def fold_batchnorm(model: Module, *inputs: Any) -> Module:
     pairs = neighbours(model) | (followers(model, inputs) if inputs else {})
     hint = "a batch norm after a convolution or linear layer in a Sequential, or example inputs"
     expect(pairs, f"fold_batchnorm: expected {hint} that show the order; received neither")
-    twins: dict[int, Any] = {}
+    twins: dict[int, Any] = {id(norm): Identity().eval() for norm in pairs}  # of what is copied
     found = copy.deepcopy(model, twins)
     for norm, layer in pairs.items():
-        fold(twins[id(layer)], twins[id(norm)])
-        replace(found, twins[id(norm)], Identity().eval())
+        fold(twins[id(layer)], norm)
     found.folded = tuple(f"{names[layer]} + {names[norm]}" for norm, layer in pairs.items())  # type: ignore[attr-defined]
     return found
 
@@ -113,20 +110,3 @@ def fold(layer: Any, norm: Any) -> None:
     place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     layer.weight.data = Tensor(weight, **place)
     layer.bias = Parameter(Tensor(shifted, **place))
-
-
-def replace(root: Module, old: Module, new: Module) -> None:
-    """Put a module in the place of another wherever attributes, lists or dicts hold it."""
-    for module in root.modules():
-        for name, value in vars(module).items():
-            vars(module)[name] = replaced(value, old, new)
-
-
-def replaced(value: Any, old: Module, new: Module) -> Any:
-    if value is old:
-        return new
-    if isinstance(value, dict):
-        return {name: replaced(each, old, new) for name, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(replaced(each, old, new) for each in value)
-    return value

@@ -1,4 +1,4 @@
-"""Convolutions: contractions over windows of an image, which are a strided view. Next: index.py.
+"""Convolutions: contractions over windows of an image, which are a strided view. Next: pool.py.
 
 Images are channels last, (n, *sizes, channels), with any number of sizes; weights are (*kernel,
 channels / groups, outputs). Nothing is unfolded: the compiler packs windows from where they lie.

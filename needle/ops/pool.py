@@ -55,8 +55,7 @@ class Pool(Composite):
     def taps(self, x: Tensor) -> list[Tensor]:
         """x at each tap, (n, *out, c)."""
         ranges = self.ranges(x)
-        if any(map(any, self.pads)):
-            x = pad(x, [(0, 0), *self.pads, (0, 0)], self.filler)
+        x = pad(x, [(0, 0), *self.pads, (0, 0)], self.filler)
         return [Slice(each)(x) for each in ranges]
 
     def put_back(self, parts: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -66,14 +65,11 @@ class Pool(Composite):
         return self.cut(reduce(Tensor.__add__, found), x)
 
     def cut(self, y: Tensor, x: Tensor) -> Tensor:
-        """The part of y, which begins as padded x does, that is x's; zeros where y ends before."""
-        missing = [(0, 0)] * x.ndim
-        starts = [0, *(before for before, _ in self.pads), 0]
-        for axis, (start, size) in enumerate(zip(starts, x.shape, strict=True)):
-            missing[axis] = (0, max(start + size - y.shape[axis], 0))
-        y = pad(y, missing) if any(map(any, missing)) else y
-        pairs = zip(starts, x.shape, strict=True)
-        return y if y.shape == x.shape else Slice(tuple((i, n, 1) for i, n in pairs))(y)
+        """The part of y, which begins as padded x does and may end before it, that is x's."""
+        sizes = zip(self.padded(x), y.shape, strict=True)
+        y = pad(y, [(0, size - n) for size, n in sizes])
+        starts = (0, *(before for before, _ in self.pads), 0)
+        return Slice(tuple((i, n, 1) for i, n in zip(starts, x.shape, strict=True)))(y)
 
     @property
     def tiles(self) -> bool:

@@ -1,5 +1,5 @@
 """Images in other sizes, channels last (n, *sizes, c): interpolation, and pixels from channels.
-Next: index.py."""
+Next: random.py."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from needle.ops import normalize, update
 from needle.ops.index import Checked, Gather, IndexCopy, ScatterAdd
 from needle.ops.movement import After, Slice, Unslice
 from needle.ops.random import RandomUniform
+from needle.scan import scan
 
 Array = np.ndarray
 Function = Callable[..., Any]
@@ -104,6 +105,19 @@ UNIT = Input(low=0.05, high=0.95)
 MATRIX = Input((3, 4))
 CUBE = Input((2, 3, 4))
 ROW = Input((4,))
+
+
+def scan_rows(h: Any, x: Any, w: Any) -> Any:
+    last, ys = scan(lambda h, x: (ops.sin(h * w + x), h + x), h, x)
+    return last, ys
+
+
+def loop_rows(h: Array, x: Array, w: Array) -> Any:
+    ys = []
+    for each in x:
+        ys.append(h + each)
+        h = np.sin(h * w + each)
+    return h, np.stack(ys)
 
 
 def unary(
@@ -543,6 +557,7 @@ MOVEMENT = [
         lambda t, x: t.tile(x, (2, 1, 3)),
         length=6,
     ),
+    Row("Scan", scan_rows, loop_rows, (ROW, MATRIX, ROW), length=3, roundings=9),
     Row("make_tuple", lambda a, b: ops.make_tuple(a, b), lambda a, b: (a, b), (MATRIX, ROW)),
     Row(
         "tuple_get_item",

@@ -11,14 +11,7 @@ from needle.autograd import Tensor
 from needle.files import AnyPath
 from needle.init import randn, zeros
 from needle.models.decoder import LanguageModel, attend_to_past, run_blocks
-from needle.models.pretrained import (
-    Part,
-    expect_size,
-    load_parts,
-    read_config,
-    read_weights,
-    settings,
-)
+from needle.models.pretrained import Part, load_model, read_config, read_weights, settings
 
 
 @dataclass
@@ -101,11 +94,6 @@ class GPT(LanguageModel):
     def head(self, x: Tensor) -> Tensor:
         return x @ self.tokens.weight.T if self.config.tie_weights else self.output(x)
 
-    def make_cache(self, batch: int, capacity: int) -> nn.KVCache:
-        config, like = self.config, self.tokens.weight
-        sizes = config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head
-        return nn.KVCache(*sizes, device=like.device, dtype=like.dtype)
-
     @classmethod
     def from_pretrained(cls, folder: AnyPath, device: Any = None, dtype: Any = "float32") -> Self:
         """The GPT-2 that transformers saved in a folder: config.json, and model.safetensors or its
@@ -113,23 +101,18 @@ class GPT(LanguageModel):
         found = read_config(folder, "gpt2")
         names = {"block_size": "n_positions", "eps": "layer_norm_epsilon"}
         names |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        own = settings(
-            found, names, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-            n_inner=found.get("n_inner") and 4 * found["n_embd"],
-        )  # fmt: skip
+        own = settings(found, names, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-        activation = found.get("activation_function", "gelu_new")
-        known = {"activation_function": activation if activation in gelus else "gelu_new"}
-        settings(found, {}, **known)
-        tied = found.get("tie_word_embeddings", True)
-        config = GPTConfig(**own, gelu=gelus[activation], tie_weights=tied)
-        path, arrays = read_weights(folder)
-        width = config.n_embd
-        expect_size(path, arrays, width * (config.vocab_size + 12 * config.n_layer * width))
-        model = cls(config, device, dtype)
-        passed = ("attn.bias", "attn.masked_bias", *["lm_head.weight"][: bool(tied)])
-        load_parts(model, path, arrays, parts_of(config), "transformer.", passed)
-        return model
+        name = str(found.get("activation_function", "gelu_new"))
+        inner = found.get("n_inner") and 4 * own["n_embd"]
+        known = name if name in gelus else "gelu_new"
+        settings(found, {}, activation_function=known, n_inner=inner)
+        tied = bool(found.get("tie_word_embeddings", True))
+        config = GPTConfig(**own, gelu=gelus[name], tie_weights=tied)
+        least = config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
+        passed = ("attn.bias", "attn.masked_bias", *["lm_head.weight"][:tied])
+        keys = parts_of(config), "transformer.", passed
+        return load_model(lambda: cls(config, device, dtype), read_weights(folder), least, *keys)
 
 
 def parts_of(config: GPTConfig) -> dict[str, list[Part]]:
@@ -143,6 +126,5 @@ def parts_of(config: GPTConfig) -> dict[str, list[Part]]:
             for own, name in names.items():
                 found[f"blocks.{layer}.{own}.{kind}"] = f"h.{layer}.{name}.{kind}"
     parts = {own: [Part(f"transformer.{name}")] for own, name in found.items()}
-    return (
-        parts if config.tie_weights else parts | {"output.weight": [Part("lm_head.weight", True)]}
-    )
+    head = {} if config.tie_weights else {"output.weight": [Part("lm_head.weight", True)]}
+    return parts | head

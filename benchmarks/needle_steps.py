@@ -6,12 +6,13 @@ mode: "jit", the step as one program, or "eager".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 import needle as ndl
-from needle import models, nn, optim
+from needle import nn, ops, optim
 from needle.autograd import Tensor
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -74,15 +75,55 @@ def mlp_resnet() -> tuple[Step, Batch]:
     return trainer(model, optimizer), (floats(100, 784), labels(10, 100))
 
 
-class GPT(models.GPT):
-    """Logits (B * T, V) for tokens (B, T)."""
+class Attention(nn.Module):
+    """Causal self-attention of several heads."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        future = np.triu(np.full((length, length), -np.inf, np.float32), 1)
+        self.mask = constant(future)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        shape = batch, length, self.heads, width // self.heads
+        parts = ops.split(self.qkv(x), 2, width)
+        q, k, v = (part.reshape(shape).permute((0, 2, 1, 3)) for part in parts)  # (B, nh, T, hs)
+        scores = q @ k.transpose() * (1 / math.sqrt(shape[-1])) + self.mask  # (B, nh, T, T)
+        y = (ops.softmax(scores) @ v).permute((0, 2, 1, 3)).reshape(x.shape)
+        return self.project(y)
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        self.norm1, self.norm2 = nn.LayerNorm1d(width), nn.LayerNorm1d(width)
+        self.attention = Attention(width, heads, length)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(ops.gelu(self.up(self.norm2(x)), "tanh"))
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer: logits (B * T, V) for tokens (B, T)."""
 
     def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
-        sizes = length, vocabulary, layers, heads, width
-        super().__init__(models.GPTConfig(*sizes, tie_weights=False))
+        self.tokens = nn.Parameter(ndl.randn(vocabulary, width, requires_grad=True))
+        self.places = nn.Parameter(ndl.randn(length, width, requires_grad=True))
+        self.blocks = [Block(width, heads, length) for _ in range(layers)]
+        self.norm = nn.LayerNorm1d(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens).reshape((tokens.size, -1))
+        batch, length = tokens.shape
+        x = ops.take(self.tokens, tokens) + self.places[:length]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).reshape((batch * length, -1))
 
 
 def gpt_nano() -> tuple[Step, Batch]:

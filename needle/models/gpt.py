@@ -39,7 +39,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, **place: Any) -> None:
         width = config.n_embd
-        self.gelu, self.dropout = config.gelu, nn.Dropout(config.dropout)
+        self.gelu, self.dropout = config.gelu, config.dropout
         options = config.dropout, config.bias, None, None, True  # batch first
         self.norm1 = make_norm(config, **place)
         self.attention = nn.MultiheadAttention(width, config.n_head, *options, **place)
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, config.bias, **place)
 
     def drop(self, x: Tensor) -> Tensor:
-        return self.dropout(x) if self.dropout.p else x
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(self, x: Tensor, mask: Any = None, places: Any = None, keep: Any = None) -> Tensor:
         x = x + self.drop(attend_to_past(self.attention, self.norm1(x), mask, places, keep))
@@ -73,7 +73,6 @@ class GPT(LanguageModel):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd, **place)
         self.places = nn.LearnedPositions(config.block_size, config.n_embd, **place)
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config, **place) for _ in range(config.n_layer)]
         self.norm = make_norm(config, **place)
         if not config.tie_weights:
@@ -88,7 +87,8 @@ class GPT(LanguageModel):
 
     def hidden(self, ids: Tensor, places: Tensor | None = None, cache: Any = None) -> Tensor:
         x = self.places(self.tokens(ids), places)
-        x = self.dropout(x) if self.config.dropout else x
+        if self.config.dropout:
+            x = nn.functional.dropout(x, self.config.dropout, self.training)
         return self.norm(run_blocks(self.blocks, x, places, cache))
 
     def head(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class GPT(LanguageModel):
         config = GPTConfig(**own, gelu=gelus[name], tie_weights=tied)
         least = config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
         passed = ("attn.bias", "attn.masked_bias", *["lm_head.weight"][:tied])
-        keys = parts_of(config), "transformer.", passed
+        keys = lambda: parts_of(config), "transformer.", passed
         return load_model(lambda: cls(config, device, dtype), read_weights(folder), least, *keys)
 
 

@@ -104,7 +104,7 @@ class Llama(LanguageModel):
         config = LlamaConfig(**own, **flags)
         rows = config.vocab_size + 3 * config.num_hidden_layers * config.intermediate_size
         passed = ("inv_freq", *["lm_head.weight"][: config.tie_word_embeddings])
-        keys = config.hidden_size * rows, parts_of(config), "model.", passed
+        keys = config.hidden_size * rows, lambda: parts_of(config), "model.", passed
         return load_model(lambda: cls(config, device, dtype), read_weights(folder), *keys)
 
 

@@ -95,7 +95,7 @@ def read_weights(folder: AnyPath) -> tuple[Path, dict[str, np.ndarray]]:
 
 def load_model(
     make: Callable[[], AnyModule], weights: tuple[Path, dict[str, np.ndarray]], least: float,
-    parts: Parts, prefix: str, passed: tuple[str, ...],
+    parts: Callable[[], Parts], prefix: str, passed: tuple[str, ...],
 ) -> AnyModule:  # fmt: skip
     """A model with its parameters from a file; FileError, with nothing loaded, on what is missing,
     unexpected or of another shape.
@@ -114,7 +114,7 @@ def load_model(
         name: [
             each._replace(key=each.key.removeprefix(prefix) if bare else each.key) for each in found
         ]
-        for name, found in parts.items()
+        for name, found in parts().items()
     }
     wanted = {each.key: each.stored(own[name]) for name, found in keyed.items() for each in found}
     missing = [key for key in wanted if key not in arrays]

@@ -91,7 +91,7 @@ class ViT(nn.Module):
         width, side = config.hidden_size, config.image_size // config.patch_size
         inner = config.num_hidden_layers * (4 * width + 2 * config.intermediate_size)
         passed = "pooler.dense.weight", "pooler.dense.bias"
-        keys = width * (side**2 + inner), parts_of(config), "vit.", passed
+        keys = width * (side**2 + inner), lambda: parts_of(config), "vit.", passed
         return load_model(lambda: cls(config, device, dtype), weights, *keys)
 
 

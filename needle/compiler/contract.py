@@ -1021,7 +1021,7 @@ def thin_tiling(c: Contraction, m: int, n: int, a: Operand, b: Operand) -> Tilin
     """Units side by side, which go through memory in long ways, with work enough for each."""
     wide, most = min(ceil(LITTLE / max(c.k, 1) / 16) * 16, 512), 1
     if b.outer == 1:
-        wide = 512
+        wide = 512 if n >= 8192 else 256  # few units share out unevenly
         most = next(most for rows, most in FEW.items() if m <= rows) // wide
     else:
         wide = max(wide, 16 if a.inner == 1 else 64)

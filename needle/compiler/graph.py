@@ -380,7 +380,7 @@ def repeat(builder: Builder, op: Scan, inputs: Sequence[Node]) -> tuple[Node, ..
 def expand(builder: Builder, op: Any, inputs: list[Node]) -> Any:
     """A composite's expansion, on nodes, traced once per specs. Low precision is computed in
     float32 and rounded once, as by a primitive."""
-    if not op.moves and any(x.spec.dtype in LOW_PRECISION for x in inputs):
+    if not (op.moves or op.rounds) and any(x.spec.dtype in LOW_PRECISION for x in inputs):
         specs = op.infer(*(x.spec for x in inputs))
         wide = [
             builder.make(Cast(float32), x) if x.spec.dtype in LOW_PRECISION else x for x in inputs

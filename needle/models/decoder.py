@@ -1,7 +1,7 @@
 """What language models have in common: tokens in, logits out, and text that is written by them.
 
-A model gives `hidden`, `head` and a `config` with `block_size`; Decoder runs it token by token on a
-cache. Next: gpt.py.
+A model has `blocks`, each with an `attention`, and a `config` with `block_size`, and gives `hidden`
+and `head`; Decoder runs it token by token on a cache. Next: pretrained.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class LanguageModel(nn.Module):
     """Logits (B, T, V) of the next token after each of the tokens (B, T)."""
 
     config: Any
+    blocks: list[Any]
     _decoder: Decoder | None = None
 
     def hidden(self, ids: Tensor, places: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -37,7 +38,10 @@ class LanguageModel(nn.Module):
 
     def make_cache(self, batch: int, capacity: int) -> nn.KVCache:
         """An empty cache for so many sequences and places."""
-        raise NotImplementedError(f"{type(self).__name__}: make_cache is not written")
+        first = self.blocks[0].attention
+        sizes = len(self.blocks), batch, first.num_kv_heads, capacity, first.head_dim
+        like = first.out_proj.weight
+        return nn.KVCache(*sizes, device=like.device, dtype=like.dtype)
 
     def forward(self, ids: Any) -> Tensor:
         ids = as_indices(type(self).__name__, ids, self.parameters()[0])

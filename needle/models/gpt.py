@@ -11,14 +11,7 @@ from needle.autograd import Tensor
 from needle.files import AnyPath
 from needle.init import randn, zeros
 from needle.models.decoder import LanguageModel, attend_to_past, run_blocks
-from needle.models.pretrained import (
-    Part,
-    expect_size,
-    load_parts,
-    read_config,
-    read_weights,
-    settings,
-)
+from needle.models.pretrained import Part, load_model, read_config, read_weights, settings
 
 
 @dataclass
@@ -46,7 +39,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, **place: Any) -> None:
         width = config.n_embd
-        self.gelu, self.dropout = config.gelu, nn.Dropout(config.dropout)
+        self.gelu, self.dropout = config.gelu, config.dropout
         options = config.dropout, config.bias, None, None, True  # batch first
         self.norm1 = make_norm(config, **place)
         self.attention = nn.MultiheadAttention(width, config.n_head, *options, **place)
@@ -55,7 +48,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, config.bias, **place)
 
     def drop(self, x: Tensor) -> Tensor:
-        return self.dropout(x) if self.dropout.p else x
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(self, x: Tensor, mask: Any = None, places: Any = None, keep: Any = None) -> Tensor:
         x = x + self.drop(attend_to_past(self.attention, self.norm1(x), mask, places, keep))
@@ -80,7 +73,6 @@ class GPT(LanguageModel):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd, **place)
         self.places = nn.LearnedPositions(config.block_size, config.n_embd, **place)
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config, **place) for _ in range(config.n_layer)]
         self.norm = make_norm(config, **place)
         if not config.tie_weights:
@@ -95,16 +87,12 @@ class GPT(LanguageModel):
 
     def hidden(self, ids: Tensor, places: Tensor | None = None, cache: Any = None) -> Tensor:
         x = self.places(self.tokens(ids), places)
-        x = self.dropout(x) if self.config.dropout else x
+        if self.config.dropout:
+            x = nn.functional.dropout(x, self.config.dropout, self.training)
         return self.norm(run_blocks(self.blocks, x, places, cache))
 
     def head(self, x: Tensor) -> Tensor:
         return x @ self.tokens.weight.T if self.config.tie_weights else self.output(x)
-
-    def make_cache(self, batch: int, capacity: int) -> nn.KVCache:
-        config, like = self.config, self.tokens.weight
-        sizes = config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head
-        return nn.KVCache(*sizes, device=like.device, dtype=like.dtype)
 
     @classmethod
     def from_pretrained(cls, folder: AnyPath, device: Any = None, dtype: Any = "float32") -> Self:
@@ -113,23 +101,18 @@ class GPT(LanguageModel):
         found = read_config(folder, "gpt2")
         names = {"block_size": "n_positions", "eps": "layer_norm_epsilon"}
         names |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        own = settings(
-            found, names, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-            n_inner=found.get("n_inner") and 4 * found["n_embd"],
-        )  # fmt: skip
+        own = settings(found, names, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-        activation = found.get("activation_function", "gelu_new")
-        known = {"activation_function": activation if activation in gelus else "gelu_new"}
-        settings(found, {}, **known)
-        tied = found.get("tie_word_embeddings", True)
-        config = GPTConfig(**own, gelu=gelus[activation], tie_weights=tied)
-        path, arrays = read_weights(folder)
-        width = config.n_embd
-        expect_size(path, arrays, width * (config.vocab_size + 12 * config.n_layer * width))
-        model = cls(config, device, dtype)
-        passed = ("attn.bias", "attn.masked_bias", *["lm_head.weight"][: bool(tied)])
-        load_parts(model, path, arrays, parts_of(config), "transformer.", passed)
-        return model
+        name = str(found.get("activation_function", "gelu_new"))
+        inner = found.get("n_inner") and 4 * own["n_embd"]
+        known = name if name in gelus else "gelu_new"
+        settings(found, {}, activation_function=known, n_inner=inner)
+        tied = bool(found.get("tie_word_embeddings", True))
+        config = GPTConfig(**own, gelu=gelus[name], tie_weights=tied)
+        least = config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
+        passed = ("attn.bias", "attn.masked_bias", *["lm_head.weight"][:tied])
+        keys = lambda: parts_of(config), "transformer.", passed
+        return load_model(lambda: cls(config, device, dtype), read_weights(folder), least, *keys)
 
 
 def parts_of(config: GPTConfig) -> dict[str, list[Part]]:
@@ -143,6 +126,5 @@ def parts_of(config: GPTConfig) -> dict[str, list[Part]]:
             for own, name in names.items():
                 found[f"blocks.{layer}.{own}.{kind}"] = f"h.{layer}.{name}.{kind}"
     parts = {own: [Part(f"transformer.{name}")] for own, name in found.items()}
-    return (
-        parts if config.tie_weights else parts | {"output.weight": [Part("lm_head.weight", True)]}
-    )
+    head = {} if config.tie_weights else {"output.weight": [Part("lm_head.weight", True)]}
+    return parts | head

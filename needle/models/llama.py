@@ -12,14 +12,7 @@ from needle import nn
 from needle.autograd import Tensor
 from needle.files import AnyPath
 from needle.models.decoder import LanguageModel, attend_to_past, run_blocks
-from needle.models.pretrained import (
-    Part,
-    expect_size,
-    load_parts,
-    read_config,
-    read_weights,
-    settings,
-)
+from needle.models.pretrained import Part, load_model, read_config, read_weights, settings
 from needle.ops import split
 
 
@@ -92,34 +85,27 @@ class Llama(LanguageModel):
         tied = self.config.tie_word_embeddings
         return x @ self.tokens.weight.T if tied else self.output(x)
 
-    def make_cache(self, batch: int, capacity: int) -> nn.KVCache:
-        config, like = self.config, self.tokens.weight
-        _, groups, width = config.heads
-        sizes = config.num_hidden_layers, batch, groups, capacity, width
-        return nn.KVCache(*sizes, device=like.device, dtype=like.dtype)
-
     @classmethod
     def from_pretrained(cls, folder: AnyPath, device: Any = None, dtype: Any = "float32") -> Self:
         """The Llama that transformers saved in a folder: config.json, and model.safetensors or its
         shards. FileError, naming the file, where they are of something else."""
         found = read_config(folder, "llama")
         rope = found.get("rope_scaling") or found.get("rope_parameters") or {}
+        rope = rope if isinstance(rope, dict) else {"type": rope}
         found["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         found.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
         fields = LlamaConfig.__dataclass_fields__
         names = {name: name for name, x in fields.items() if x.type in ("int", "float")}
+        names |= {"head_dim": "head_dim"} if found.get("head_dim") is not None else {}
         known = {"hidden_act": "silu", "mlp_bias": False, "rope_type": "default"}
         own = settings(found, names, **known)
         flags = {name: bool(found.get(name)) for name in ("tie_word_embeddings", "attention_bias")}
-        config = LlamaConfig(**own, **flags, head_dim=found.get("head_dim"))
-        path, arrays = read_weights(folder)
+        config = LlamaConfig(**own, **flags)
         rows = config.vocab_size + 3 * config.num_hidden_layers * config.intermediate_size
-        expect_size(path, arrays, config.hidden_size * rows)
-        model = cls(config, device, dtype)
-        passed = ("inv_freq", *["lm_head.weight"][: flags["tie_word_embeddings"]])
-        load_parts(model, path, arrays, parts_of(config), "model.", passed)
-        return model
+        passed = ("inv_freq", *["lm_head.weight"][: config.tie_word_embeddings])
+        keys = config.hidden_size * rows, lambda: parts_of(config), "model.", passed
+        return load_model(lambda: cls(config, device, dtype), read_weights(folder), *keys)
 
 
 def parts_of(config: LlamaConfig) -> dict[str, list[Part]]:

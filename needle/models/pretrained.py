@@ -6,9 +6,9 @@ A model says of which tensors of the file each of its parameters consists. Next:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Part(NamedTuple):
         return shape[-1:] if self.key.endswith(".bias") else shape  # a Linear's is (1, out)
 
 
+AnyModule = TypeVar("AnyModule", bound=Module)
 Parts = Mapping[str, Iterable[Part]]  # by the path of a parameter
 
 
@@ -60,7 +61,8 @@ def settings(config: dict[str, Any], names: Mapping[str, str], **known: Any) -> 
     path, found = config["path"], {}
     for field, name in names.items():
         value = config.get(name)
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        kinds = (int, float) if name.endswith(("eps", "epsilon", "theta")) else int
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and value > 0
         expect(fits, f"{path}: expected {name} above 0; received {value!r}", FileError)
         found[field] = value
     for name, wanted in known.items():
@@ -91,32 +93,28 @@ def read_weights(folder: AnyPath) -> tuple[Path, dict[str, np.ndarray]]:
     return index, arrays
 
 
-def expect_size(path: Path, arrays: Mapping[str, np.ndarray], least: float) -> None:
-    """FileError, before a model is made, where a configuration needs more numbers than there
-    are."""
+def load_model(
+    make: Callable[[], AnyModule], weights: tuple[Path, dict[str, np.ndarray]], least: float,
+    parts: Callable[[], Parts], prefix: str, passed: tuple[str, ...],
+) -> AnyModule:  # fmt: skip
+    """A model with its parameters from a file; FileError, with nothing loaded, on what is missing,
+    unexpected or of another shape.
+
+    least: numbers that it has at least, so that none is made of a forged configuration. prefix: of
+    keys, which a model without a head is saved without. passed: how keys end that are not needed.
+    """
+    path, arrays = weights
     size = sum(x.size for x in arrays.values())
     text = f"at least {least:,.0f} numbers, by config.json; received {size:,}"
     expect(size >= least, f"{path}: expected {text}", FileError)
-
-
-def load_parts(
-    model: Module,
-    path: Path,
-    arrays: dict[str, np.ndarray],
-    parts: Parts,
-    prefix: str,
-    passed: tuple[str, ...] = (),
-) -> None:
-    """Fill a model's parameters; FileError, with nothing loaded, on what is missing, unexpected or
-    of another shape. prefix: of keys, which a model without a head is saved without. passed: how
-    keys end that are not needed."""
+    model = make()
     bare = not any(key.startswith(prefix) for key in arrays)
     own = {name: p.shape for name, p in model.named_parameters()}
     keyed = {
         name: [
             each._replace(key=each.key.removeprefix(prefix) if bare else each.key) for each in found
         ]
-        for name, found in parts.items()
+        for name, found in parts().items()
     }
     wanted = {each.key: each.stored(own[name]) for name, found in keyed.items() for each in found}
     missing = [key for key in wanted if key not in arrays]
@@ -132,6 +130,7 @@ def load_parts(
         name = type(model).__name__
         raise FileError(f"{path}: expected the weights of this {name}; received {text}")
     model.load_state_dict({name: joined(found, arrays, own[name]) for name, found in keyed.items()})
+    return model
 
 
 def joined(parts: Iterable[Part], arrays: Mapping[str, np.ndarray], own: Any) -> np.ndarray:

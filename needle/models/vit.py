@@ -10,14 +10,7 @@ from needle.autograd import Tensor
 from needle.errors import expect
 from needle.files import AnyPath
 from needle.init import randn, zeros
-from needle.models.pretrained import (
-    Part,
-    expect_size,
-    load_parts,
-    read_config,
-    read_weights,
-    settings,
-)
+from needle.models.pretrained import Part, load_model, read_config, read_weights, settings
 from needle.ops import concatenate
 
 
@@ -92,22 +85,14 @@ class ViT(nn.Module):
         fields = ViTConfig.__dataclass_fields__
         names = {n: n for n in fields if n not in ("num_classes", "dropout")}
         own = settings(found, names, hidden_act="gelu", qkv_bias=True)
-        path, arrays = read_weights(folder)
-        head = arrays.get("classifier.weight")
+        weights = read_weights(folder)
+        head = weights[1].get("classifier.weight")
         config = ViTConfig(**own, num_classes=0 if head is None else len(head))
         width, side = config.hidden_size, config.image_size // config.patch_size
         inner = config.num_hidden_layers * (4 * width + 2 * config.intermediate_size)
-        expect_size(path, arrays, width * (side**2 + inner))
-        model = cls(config, device, dtype)
-        load_parts(
-            model,
-            path,
-            arrays,
-            parts_of(config),
-            "vit.",
-            ("pooler.dense.weight", "pooler.dense.bias"),
-        )
-        return model
+        passed = "pooler.dense.weight", "pooler.dense.bias"
+        keys = width * (side**2 + inner), lambda: parts_of(config), "vit.", passed
+        return load_model(lambda: cls(config, device, dtype), weights, *keys)
 
 
 def parts_of(config: ViTConfig) -> dict[str, list[Part]]:

@@ -109,7 +109,7 @@ class MultiheadAttention(Module):
         self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
         kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
         device: Any = None, dtype: Any = "float32", *, num_kv_heads: int | None = None,
-        head_dim: int | None = None, rotary: float | None = None, out_bias: bool | None = None,
+        head_dim: int | None = None, rotary: float | None = None,
     ) -> None:  # fmt: skip
         place = {"device": device, "dtype": dtype}
         groups = num_kv_heads or num_heads
@@ -125,8 +125,7 @@ class MultiheadAttention(Module):
         else:
             sides = zip((embed_dim, kdim or embed_dim, vdim or embed_dim), self.widths, strict=True)
             self.projections = [Linear(n, width, bias, **place) for n, width in sides]
-        out_bias = bias if out_bias is None else out_bias
-        self.out_proj = Linear(self.widths[0], embed_dim, out_bias, **place)
+        self.out_proj = Linear(self.widths[0], embed_dim, bias, **place)
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v (B, heads, T, d)."""

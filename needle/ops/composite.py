@@ -90,6 +90,7 @@ def reading(node: Value) -> tuple[Op, tuple[Value, ...]]:
 class CompositeMethods(Op):
     """What composites with one result and with several have in common."""
 
+    rounds = False  # whether its expansion rounds low precision but once, as it is
     reads_output = False  # whether `expand_gradient` takes y, between dy and x
     # expand_gradient(dy..., [y,] x...) -> a gradient per input
     expand_gradient: Callable[..., Any] | None = None

@@ -72,6 +72,7 @@ class BroadcastMatMul(Composite):
     broadcast, dtypes are promoted."""
 
     name = "matmul"
+    rounds = True  # so that weights of low precision are read where they lie
     dot: bool = False
 
     def expand(self, a: Tensor, b: Tensor) -> Tensor:

@@ -995,9 +995,9 @@ def tiling(c: Contraction, core: Core) -> Tiling:
     if prod(c.batch) >= 2 * UNITS:
         tall = min(max(m, 1), TALL)
     elif m < 4 * core.rows:
-        # Too few rows to share: columns are, two panels at least to a unit
+        # Too few rows to share: columns are, two panels at least to a unit; else strips
         several = min(2 * prod(c.batch) * m * n * c.k / GRAIN, UNITS, n / (2 * core.columns))
-        across, tall = max(across, int(several)), max(m, 1)
+        across, tall = max(across, int(several)), core.rows if several < 2 else max(m, 1)
     wide = ceil(n / max(across, 1) / core.columns) * core.columns
     most = max(TALL // tall, 1) if c.k > SEGMENT else ceil(m / tall)
     # What lies in far places is copied together where it is read again and again

@@ -1715,12 +1715,171 @@ CONVOLUTIONS = [
     conv_transpose_row("1d, groups", (1, 4, 4), (3, 1, 4), (10,), 3, 1, 0, 1, 2),
 ]
 
+
+def windows_of(x: Array, kernel: int, stride: int, pad: int, fill: float) -> Array:
+    """The windows of channels-last images, their elements along a last axis."""
+    count = x.ndim - 2
+    x = np.pad(x, [(0, 0), *[(pad, pad)] * count, (0, 0)], constant_values=fill)
+    found = np.lib.stride_tricks.sliding_window_view(
+        x, (kernel,) * count, tuple(range(1, count + 1))
+    )
+    found = found[(slice(None), *[slice(None, None, stride)] * count)]
+    return found.reshape(*found.shape[: count + 2], -1)
+
+
+def channels_first(name: str, *settings: Any, **more: Any) -> Function:
+    """A function of PyTorch's, of channels-last images."""
+
+    def run(t: Any, x: Any) -> Any:
+        rank = "" if "pixel" in name or name == "interpolate" else f"{x.ndim - 2}d"
+        function = getattr(t.nn.functional, name + rank)
+        return function(x.movedim(-1, 1), *settings, **more).movedim(1, -1)
+
+    return run
+
+
+def pool_rows(case: str, x: tuple[int, ...], kernel: int, stride: int, pad: int) -> list[Row]:
+    settings = kernel, stride, pad
+    return [
+        Row(
+            "max_pool",
+            lambda x: ops.max_pool(x, *settings),
+            lambda x: windows_of(x, *settings, -np.inf).max(-1),
+            (Input(x),),
+            channels_first("max_pool", *settings),
+            case=case,
+        ),
+        Row(
+            "avg_pool",
+            lambda x: ops.avg_pool(x, *settings),
+            lambda x: windows_of(x, *settings, 0.0).mean(-1),
+            (Input(x),),
+            channels_first("avg_pool", *settings),
+            case=case,
+            length=kernel ** (len(x) - 2),
+        ),
+    ]
+
+
+def shares(x: Array, size: int, function: Function) -> Array:
+    """A function of each of `size` windows that share an axis of (n, length, c) evenly."""
+    n = x.shape[1]
+    bounds = [(i * n // size, math.ceil((i + 1) * n / size)) for i in range(size)]
+    return np.stack([function(x[:, start:stop], 1) for start, stop in bounds], 1)
+
+
+IMAGES = [
+    *pool_rows("2d, tiles", (2, 5, 4, 2), 2, 2, 0),
+    *pool_rows("2d, overlap", (1, 5, 4, 2), 3, 2, 1),
+    *pool_rows("1d, long", (1, 20, 2), 17, 1, 3),
+    *pool_rows("3d", (1, 3, 4, 3, 2), 2, 1, 1),
+    Row(
+        "avg_pool",
+        lambda x: ops.avg_pool(x, 2, 2, 1, count_include_pad=False),
+        lambda x: np.nanmean(windows_of(x, 2, 2, 1, np.nan), -1),
+        (Input((1, 4, 4, 2)),),
+        channels_first("avg_pool", 2, 2, 1, count_include_pad=False),
+        case="without padding",
+        length=4,
+    ),
+    Row(
+        "adaptive_max_pool",
+        lambda x: ops.adaptive_max_pool(x, 3),
+        lambda x: shares(x, 3, np.max),
+        (Input((2, 7, 2)),),
+        channels_first("adaptive_max_pool", 3),
+    ),
+    Row(
+        "adaptive_max_pool",
+        lambda x: ops.adaptive_max_pool(x, 1),
+        lambda x: x.max((1, 2), keepdims=True),
+        (Input((2, 3, 2, 2)),),
+        channels_first("adaptive_max_pool", 1),
+        case="global",
+    ),
+    Row(
+        "adaptive_avg_pool",
+        lambda x: ops.adaptive_avg_pool(x, 3),
+        lambda x: shares(x, 3, np.mean),
+        (Input((2, 7, 2)),),
+        channels_first("adaptive_avg_pool", 3),
+        length=3,
+    ),
+    Row(
+        "adaptive_avg_pool",
+        lambda x: ops.adaptive_avg_pool(x, 1),
+        lambda x: x.mean((1, 2), keepdims=True),
+        (Input((2, 3, 4, 2)),),
+        channels_first("adaptive_avg_pool", 1),
+        case="global",
+        length=12,
+    ),
+    Row(
+        "interpolate",
+        lambda x: ops.interpolate(x, scale_factor=2),
+        lambda x: np.repeat(np.repeat(x, 2, 1), 2, 2),
+        (Input((1, 2, 3, 2)),),
+        channels_first("interpolate", scale_factor=2),
+        length=4,
+    ),
+    Row(
+        "interpolate",
+        lambda x: ops.interpolate(x, 5),
+        lambda x: x[:, np.arange(5) * 3 // 5],
+        (Input((2, 3, 2)),),
+        channels_first("interpolate", 5),
+        case="another size",
+        length=2,
+    ),
+    Row(
+        "interpolate",
+        lambda x: ops.interpolate(x, (4, 5), mode="bilinear", align_corners=True),
+        lambda x: np.einsum("ih,jw,nhwc->nijc", hats(2, 4), hats(3, 5), x),
+        (Input((1, 2, 3, 2)),),
+        channels_first("interpolate", (4, 5), mode="bilinear", align_corners=True),
+        case="bilinear",
+        length=10,
+    ),
+    Row(
+        "pixel_shuffle",
+        lambda x: ops.pixel_shuffle(x, 2),
+        lambda x: np.einsum("nhwcij->nhiwjc", x.reshape(1, 2, 3, 2, 2, 2)).reshape(1, 4, 6, 2),
+        (Input((1, 2, 3, 8)),),
+        channels_first("pixel_shuffle", 2),
+    ),
+    Row(
+        "pixel_unshuffle",
+        lambda x: ops.pixel_unshuffle(x, 2),
+        lambda x: np.einsum("nhiwjc->nhwcij", x.reshape(1, 2, 2, 3, 2, 2)).reshape(1, 2, 3, 8),
+        (Input((1, 4, 6, 2)),),
+        channels_first("pixel_unshuffle", 2),
+    ),
+    Row(
+        "InstanceNorm",
+        normalize.InstanceNorm(1e-5),
+        lambda x, w, b: normalized(x, (1,), 1e-5) * w + b,
+        (Input((2, 6, 3)), CHANNEL, Input((3,))),
+        lambda t, x, w, b: t.nn.functional.instance_norm(
+            x.movedim(-1, 1), weight=w, bias=b, eps=1e-5
+        ).movedim(1, -1),
+        length=12,
+    ),
+]
+
+
+def hats(size: int, out: int) -> Array:
+    """The weights of linear interpolation whose first and last elements stay."""
+    places = np.arange(out)[:, None] * (size - 1) / (out - 1)
+    return np.maximum(1 - np.abs(places - np.arange(size)), 0)
+
+
 ROWS = [
     *ELEMENTWISE,
     *MOVEMENT,
     *REDUCTIONS,
     *CONTRACTIONS,
     *CONVOLUTIONS,
+    *IMAGES,
     *INDEX,
     *LOSSES,
     *NORMALIZATIONS,

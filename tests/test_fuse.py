@@ -207,3 +207,50 @@ def test_short_rows_are_turned() -> None:
 def test_taps_that_meet_padding_alone_are_left_out() -> None:
     (pad, nest) = nests(forward(ops.conv, (4, 2, 1, 8), (3, 3, 8, 16)))
     assert nest.k == 3 * 8, show(pad)
+
+
+def whole_stores(found: passes.Lowered, size: int) -> int:
+    """How many buffers of a size nests write."""
+    written = {
+        store.access.buffer.name
+        for nest in nests(found)
+        for store in (nest.epilogue if isinstance(nest, Contraction) else nest).stores
+        if store.access.buffer.size == size
+    }
+    return len(written)
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.relu(ops.BatchNorm(1e-5)(x, weight, bias))
+
+
+def test_batch_norm_keeps_its_input_alone() -> None:
+    """Centred and normalised values are computed again from it: sums of chunks, and of those, for
+    mean and variance, then one nest with the activation."""
+    shapes, size = ((8192, 16), (16,), (16,)), 8192 * 16
+    found = forward(normalized, *shapes)
+    assert count(found) == 5
+    assert whole_stores(found, size) == 1
+    assert whole_stores(backward(normalized, *shapes, both=True), size) <= 3  # y, relu's dx, dx
+
+
+def test_an_activation_is_computed_as_it_is_padded() -> None:
+    def padded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = ops.reshape(normalized(x, weight, bias), (2, 64, 64, 16))
+        return ops.pad(y, [(0, 0), (1, 1), (1, 1), (0, 0)])
+
+    found = backward(padded, (8192, 16), (16,), (16,), both=True)
+    assert whole_stores(found, 2 * 66 * 66 * 16) == 1
+    assert whole_stores(found, 8192 * 16) <= 2  # relu's dx and dx
+
+
+@pytest.mark.parametrize("settings", [(2,), (3, 2, 1)])
+def test_pooling_is_one_kernel_and_its_gradient_another(settings: tuple[int, ...]) -> None:
+    shape = (2, 9, 8, 16)
+    for pool in (ops.max_pool, ops.avg_pool):
+        assert count(forward(lambda x, pool=pool: pool(x, *settings), shape)) == 1
+        found = backward(lambda x, pool=pool: pool(x, *settings), shape, both=True)
+        assert count(found) <= 2
+    (nest,) = nests(forward(lambda x: ops.max_pool(x, 3, 2, 1), shape))
+    for each in nest.expressions():  # one mask serves all channels
+        assert each.op != "load" or each.args == () or nest.inner_axis not in each.args[0].axes

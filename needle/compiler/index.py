@@ -32,6 +32,7 @@ class Loops(list[int]):
         super().__init__(sizes)
         self.splits: dict[int, int] = {}
         self.used: dict[Index, None] = {}
+        self.settled = False  # whether the axes are final
 
 
 class Index:

@@ -18,6 +18,7 @@ import needle.ops as ops
 from needle.compiler import math
 from needle.compiler.index import (
     Index,
+    Loops,
     Sizes,
     as_expr,
     divide,
@@ -332,12 +333,18 @@ def both(a: Expr | None, b: Expr | None) -> Expr | None:
     return b if a is None else a if b is None else a & b
 
 
+def is_axis(atom: Any) -> bool:
+    return isinstance(atom, int)
+
+
 def pad(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
     found, mask, shape = [], None, shapes[0]
     last = max((axis for axis, pair in enumerate(op.widths) if any(pair)), default=0)
     for axis, (i, n, (before, _)) in enumerate(zip(index, shape, op.widths, strict=True)):
         place, rest = i, 1
-        if axis == last:  # of the whole rest, with which the axis can then be one
+        # Of the whole rest, with which the axis can then be one, unless it has stayed apart.
+        apart = isinstance(sizes, Loops) and sizes.settled and all(map(is_axis, i.terms))
+        if axis == last and not apart:
             place, rest = linearize(index[axis:], shape[axis:]), prod(shape[axis + 1 :])
         mask = both(mask, within(place, before * rest, (before + n) * rest, sizes))
         found.append(i + -before)

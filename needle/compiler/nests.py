@@ -320,8 +320,8 @@ class Shaper:
         """The last two axes in the other order."""
         *rest, m, n = range(len(self.sizes))
         table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
+        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]  # what substitute asks for
         self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
-        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]
 
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
@@ -348,8 +348,11 @@ def in_one_stride(index: Index, axis: int, sizes: Sequence[int]) -> bool:
     )
 
 
-def evaluate(layout: Layout, group: Group, stored: Sequence[Node], shaper: Shaper) -> Any:
+def evaluate(
+    layout: Layout, group: Group, stored: Sequence[Node], shaper: Shaper, settled: bool
+) -> Any:
     loops = Loops(shaper.sizes)
+    loops.settled = settled
     evaluator = Evaluator(layout, group, loops)
     evaluator.table = shaper.table
     count = len(layout.checks)
@@ -360,8 +363,9 @@ def evaluate(layout: Layout, group: Group, stored: Sequence[Node], shaper: Shape
 def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
     """The nest of a group, over the fewest axes that its index maps allow."""
     shaper, merged = Shaper(group), False
+    settled = not any(type(x.op) is ops.Pad for x in (*group.index, *group.inlined))
     while True:
-        loops, stores, count = evaluate(layout, group, stored, shaper)
+        loops, stores, count = evaluate(layout, group, stored, shaper, settled)
         # Once axes have merged, quotients that are left on the way recombine at its end.
         if loops.splits and not merged:
             shaper.split(loops.splits)
@@ -375,8 +379,10 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
             shaper.merge([*([axis] for axis in range(shaper.outer)), last])
         elif shaper.is_short():
             shaper.turn()
-        else:
+        elif settled:
             break
+        else:
+            settled = True
         del layout.checks[count:]
     return as_nest(group, shaper, stores)
 

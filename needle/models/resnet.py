@@ -13,7 +13,7 @@ from typing import Any, Self
 from needle import nn
 from needle.autograd import Tensor
 from needle.errors import expect
-from needle.files import AnyPath, load_tensors
+from needle.files import AnyPath, load_tensors, reading
 from needle.nn.functional import max_pool2d, relu
 from needle.nn.layout import to_last
 
@@ -98,7 +98,8 @@ class ResNet(nn.Module):
     """(n, channels, height, width) -> (n, classes) through four stages of `depths` blocks.
 
     block: BasicBlock or Bottleneck. stem: "imagenet", a 7 x 7 convolution and a max pooling, both
-    with stride 2, or "cifar", a 3 x 3 convolution, for small images. device and dtype by keyword.
+    with stride 2, or "cifar", a 3 x 3 convolution, for small images. width: channels of the stem
+    and the first stage; it doubles from stage to stage. device and dtype by keyword.
     """
 
     def __init__(
@@ -108,21 +109,22 @@ class ResNet(nn.Module):
         num_classes: int = 1000,
         stem: str = "imagenet",
         in_channels: int = 3,
+        width: int = 64,
         **place: Any,
     ) -> None:
         known = stem in ("imagenet", "cifar")
         expect(known, f"resnet: expected stem 'imagenet' or 'cifar'; received {stem!r}")
         self.stem = stem
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = conv(in_channels, 64, size, stride, bias=False, **place)
-        self.bn1 = norm(64, **place)
-        inputs, stages = 64, []
+        self.conv1 = conv(in_channels, width, size, stride, bias=False, **place)
+        self.bn1 = norm(width, **place)
+        inputs, stages = width, []
         for stage, depth in enumerate(depths):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage and i == 0 else 1
-                blocks.append(block(inputs, 64 << stage, stride, **place))
-                inputs = (64 << stage) * block.expansion
+                blocks.append(block(inputs, width << stage, stride, **place))
+                inputs = (width << stage) * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(inputs, num_classes, **place)
@@ -137,22 +139,21 @@ class ResNet(nn.Module):
     @classmethod
     def from_pretrained(cls, path: AnyPath, **place: Any) -> Self:
         """The network in a safetensors file of torchvision's names and order of axes, or in the
-        model.safetensors of a folder: kind of block, depths, stem and classes are read off it."""
+        model.safetensors of a folder: kind of block, depths, stem and classes are read off it.
+        FileError where the file, or what is in it, is another one."""
         path = Path(path)
         path = path / "model.safetensors" if path.is_dir() else path
         state, _ = load_tensors(path)
-        missing = [name for name in ("conv1.weight", "fc.weight") if name not in state]
-        received = f"one without {', '.join(missing)}"
-        expect(not missing, f"{path}: expected the tensors of a ResNet; received {received}")
-        depths = [
-            next(i for i in count() if f"layer{stage}.{i}.conv1.weight" not in state)
-            for stage in (1, 2, 3, 4)
-        ]
-        block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
-        first, classes = state["conv1.weight"].shape, len(state["fc.weight"])
-        stem = "imagenet" if first[2:] == (7, 7) else "cifar"
-        model = cls(block, tuple(depths), classes, stem, first[1], **place)
-        model.load_state_dict(nn.from_torch(model, state))
+        with reading(path, "a ResNet with torchvision's names"):
+            first, classes = state["conv1.weight"].shape, len(state["fc.weight"])
+            block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
+            stem = "imagenet" if first[2:] == (7, 7) else "cifar"
+            depths = tuple(
+                next(i for i in count() if f"layer{stage}.{i}.conv1.weight" not in state)
+                for stage in (1, 2, 3, 4)
+            )
+            model = cls(block, depths, classes, stem, first[1], first[0], **place)
+            model.load_state_dict(nn.from_torch(model, state))
         return model
 
 

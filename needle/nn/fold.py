@@ -1,7 +1,7 @@
 """fold_batchnorm: a model for inference without the batch norms that follow its contractions.
 
-    z = x @ w + b;  y = (z - mean) / sqrt(var + eps) * weight + bias
-    -> y = x @ (w s) + ((b - mean) s + bias),  s = weight / sqrt(var + eps)
+z = x @ w + b;  y = (z - mean) / sqrt(var + eps) * weight + bias
+-> y = x @ (w s) + ((b - mean) s + bias),  s = weight / sqrt(var + eps)
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def followers(model: Module, inputs: Any) -> dict[Module, Module]:
     def note(module: Module, args: Any, y: Any) -> None:
         calls.append((module, args[0], y))
 
-    layers = [each for each in model.modules() if isinstance(each, (Convolution, Linear, BatchNorm))]
+    layers = [
+        each for each in model.modules() if isinstance(each, (Convolution, Linear, BatchNorm))
+    ]
     hooks = [each.register_forward_hook(note) for each in layers]
     try:
         with lazy(), enable_grad():
@@ -89,11 +91,11 @@ def followers(model: Module, inputs: Any) -> dict[Module, Module]:
         readers.update({id(x) for x in y.inputs or ()})
     times = Counter(id(module) for module, _, _ in calls)
     made = {id(y): module for module, _, y in calls}
+    found = {norm: made[id(x)] for norm, x, _ in calls if id(x) in made and readers[id(x)] == 1}
     return {
         norm: layer
-        for norm, x, _ in calls
-        if can_fold(layer := made.get(id(x)), norm)
-        and readers[id(x)] == times[id(layer)] == times[id(norm)] == 1
+        for norm, layer in found.items()
+        if can_fold(layer, norm) and times[id(layer)] == times[id(norm)] == 1
     }
 
 
@@ -116,7 +118,7 @@ def fold(layer: Any, norm: Any) -> None:
 
 
 def replace(root: Module, old: Module, new: Module) -> None:
-    """Put a module in the place of another, wherever attributes, lists, tuples and dicts hold it."""
+    """Put a module in the place of another wherever attributes, lists or dicts hold it."""
     for module in root.modules():
         for name, value in vars(module).items():
             vars(module)[name] = replaced(value, old, new)

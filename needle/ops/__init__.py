@@ -50,8 +50,8 @@ from needle.ops.movement import (
     roll, split, squeeze, stack, tile, transpose, undilate, unsqueeze,
 )
 from needle.ops.normalize import (
-    BatchNorm, InstanceNorm, LayerNorm, LogSoftmax, LogSumExp, Mean, RMSNorm, Softmax, StandardDeviation,
-    Variance, logsoftmax, logsumexp, mean, softmax, std, var,
+    BatchNorm, InstanceNorm, LayerNorm, LogSoftmax, LogSumExp, Mean, RMSNorm, Softmax,
+    StandardDeviation, Variance, logsoftmax, logsumexp, mean, softmax, std, var,
 )
 from needle.ops.pool import (
     AvgPool, FirstMax, MaxPool, adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool,

@@ -284,8 +284,9 @@ def largest(x: Tensor, axes: Sequence[int]) -> Tensor:
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     first = [axis for axis in kept if axis < axes[0]]
     x, shape = permute(x, (*first, *axes, *kept[len(first) :])), [x.shape[axis] for axis in kept]
-    lead, size = prod(x.shape[: len(first)]), prod(x.shape[len(first) : len(first) + len(axes)])
-    return reshape(FirstMax()(reshape(x, (lead, size, -1))), shape)
+    lead, size = prod(shape[: len(first)]), prod(x.shape[len(first) : len(first) + len(axes)])
+    y = FirstMax()(reshape(x, (lead, size, prod(shape[len(first) :]))))
+    return reshape(y, shape)
 
 
 def adaptive_pool(name: str, x: Operand, size: Any, over: Callable[..., Tensor]) -> Tensor:
@@ -293,8 +294,8 @@ def adaptive_pool(name: str, x: Operand, size: Any, over: Callable[..., Tensor])
     given = (size,) * (x.ndim - 2) if size is None or isinstance(size, int) else tuple(size)
     fits = len(given) == x.ndim - 2
     expect(fits, f"{name}: expected output_size for {x.ndim - 2} axes; received {size!r}")
-    outs = [n if out is None else out for out, n in zip(given, x.shape[1:-1], strict=True)]
-    outs = as_shape(name, outs, 1)
+    pairs = zip(given, x.shape[1:-1], strict=True)
+    outs = as_shape(name, [n if out is None else out for out, n in pairs], 1)
     expect(0 not in x.shape[1:-1], f"{name}: expected images with elements; received {x.shape}")
     if all(n % out == 0 for n, out in zip(x.shape[1:-1], outs, strict=True)):
         pairs = zip(x.shape[1:-1], outs, strict=True)

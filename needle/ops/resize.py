@@ -94,7 +94,7 @@ def pixel_shuffle(x: Operand, upscale_factor: int) -> Tensor:
     n, h, w, c = x.shape
     message = f"pixel_shuffle: expected channels divisible by {r * r}; received {x.shape}"
     expect(c % (r * r) == 0, message)
-    parts = permute(reshape(x, (n, h, w, -1, r, r)), (0, 1, 4, 2, 5, 3))
+    parts = permute(reshape(x, (n, h, w, c // (r * r), r, r)), (0, 1, 4, 2, 5, 3))
     return reshape(parts, (n, h * r, w * r, c // (r * r)))
 
 

@@ -168,7 +168,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
             axes.plot([each["step"] for each in held], [each[key] for each in held], **style)
         axes.set(xlabel="step", ylabel=name)
         if name == "perplexity":
-            axes.set_yscale("log")
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.legend()
     picture = BytesIO()

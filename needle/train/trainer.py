@@ -70,7 +70,9 @@ class Trainer:
         self.model = make_model(config, device)
         self.optimizer = make_optimizer(config, self.model)
         batch, seed = config.batch_size, config.seed
-        self.loader = DataLoader(self.data, batch, shuffle=True, seed=seed, device=device)
+        options: dict[str, Any] = {"shuffle": True, "seed": seed, "device": device}
+        whole = tokenizer is not None and len(self.data) >= batch  # of text, the rest is left out
+        self.loader = DataLoader(self.data, batch, drop_last=whole, **options)
         epoch = len(self.loader)
         steps = config.max_steps or config.epochs * epoch
         self.schedule = make_schedule(config, self.optimizer, steps)

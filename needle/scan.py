@@ -134,7 +134,9 @@ def scan(
     again. As jax.lax.scan (Frostig, Johnson and Leary, 2018). TypeError and ValueError for other
     structures, shapes and dtypes; TraceError where the body needs a value.
     """
-    expect(callable(body), f"scan: expected a function; received a {type(body).__name__}", TypeError)
+    expect(
+        callable(body), f"scan: expected a function; received a {type(body).__name__}", TypeError
+    )
     tensors("init", init)
     tensors("xs", xs)
     count, k = length_of(xs, length), checkpoint_every
@@ -178,9 +180,7 @@ def turn(
     element = mapped(xs, lambda x: stand_in(x, x.shape[1:], x.requires_grad and MODE.grad))
     traced = Body(body, init, carry, element)
     begin = [*tensors("init", init), *(x.detach() for x in traced.state)]
-    found = loop(
-        traced.segment, begin, tensors("xs", xs), traced.captured, length, reverse, save
-    )
+    found = loop(traced.segment, begin, tensors("xs", xs), traced.captured, length, reverse, save)
     results = iter(found)
     last = mapped(init, lambda _: next(results))
     for x in traced.state:

@@ -486,6 +486,7 @@ class Fuser:
         self.users[part] = []
         self.place(part)
         return part
+
     def copy(self, x: Node) -> Node:
         found = Node(ops.StopGradient(), (x,), x.spec, x.place)
         self.users[found] = []

@@ -544,8 +544,11 @@ def build(
     for node in hosts:
         if isinstance(node.op, Item):
             items.setdefault(node.inputs[0], []).append(node)
-    owner = {group.number: node for node, group in fuser.group_of.items()
-             if group.kind in ("host", "scatter", "repeat") and not isinstance(node.op, Item)}
+    owner = {
+        group.number: node
+        for node, group in fuser.group_of.items()
+        if group.kind in ("host", "scatter", "repeat") and not isinstance(node.op, Item)
+    }
     made: dict[Group, AnyNest] = {}
     for group in in_order(fuser.groups):
         kept = [x for x in group.index if x in stored or isinstance(x.op, Piece)]

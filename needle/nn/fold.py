@@ -1,7 +1,7 @@
 """fold_batchnorm: a model for inference without the batch norms that follow its contractions.
 
-    z = x @ w + b;  y = (z - mean) / sqrt(var + eps) * weight + bias
-    -> y = x @ (w s) + ((b - mean) s + bias),  s = weight / sqrt(var + eps)
+z = x @ w + b;  y = (z - mean) / sqrt(var + eps) * weight + bias
+-> y = x @ (w s) + ((b - mean) s + bias),  s = weight / sqrt(var + eps)
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def followers(model: Module, inputs: Any) -> dict[Module, Module]:
     def note(module: Module, args: Any, y: Any) -> None:
         calls.append((module, args[0], y))
 
-    layers = [each for each in model.modules() if isinstance(each, (Convolution, Linear, BatchNorm))]
+    layers = [
+        each for each in model.modules() if isinstance(each, (Convolution, Linear, BatchNorm))
+    ]
     hooks = [each.register_forward_hook(note) for each in layers]
     try:
         with lazy(), enable_grad():

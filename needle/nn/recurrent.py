@@ -195,9 +195,7 @@ class Recurrent(Module):
         """Layer by layer, of each the one that goes forward first."""
         raise NotImplementedError(f"{type(self).__name__}: cells are not named")
 
-    def run(
-        self, x: Tensor, state: State | None, lengths: Any
-    ) -> tuple[Tensor, list[Tensor]]:
+    def run(self, x: Tensor, state: State | None, lengths: Any) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and of each part of the state those of all cells, stacked."""
         name, count = type(self).__name__, len(self.cells)
         shape = f"{name}: expected x of shape (seq, batch, {self.input_size})"

@@ -82,12 +82,11 @@ NAMES = {
         MultiHeadAttention AttentionLayer TransformerLayer Transformer Tanh Sigmoid
         nn_basic nn_conv nn_sequence nn_transformer""",
     "needle.nn.nn_conv": "Conv BatchNorm2d",
-    "needle.nn.nn_sequence": "Sigmoid RNNCell RNN LSTMCell LSTM",
+    "needle.nn.nn_sequence": "Embedding Sigmoid RNNCell RNN LSTMCell LSTM",
     "needle.nn.nn_transformer": """MultiHeadAttention AttentionLayer TransformerLayer
         Transformer""",
     "needle.nn.nn_basic": """Module Parameter Identity Linear Flatten ReLU Sequential Residual
         Dropout SoftmaxLoss LayerNorm1d BatchNorm1d BatchNorm2d""",
-    "needle.nn.nn_conv": "Conv",
     "needle.optim": "Optimizer SGD Adam",
     "needle.data": """Dataset DataLoader MNISTDataset NDArrayDataset RandomFlipHorizontal
         RandomCrop CIFAR10Dataset Corpus batchify get_batch""",

@@ -45,6 +45,7 @@ FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
 AHEAD = 256  # bytes that are fetched before they are due
+LONG = 1024  # columns of a thin block, beyond which a row is fetched along itself
 GROUP = 8  # strips that are packed together
 BLOCK = 2048  # bytes: how wide a block of accumulators is at most
 TALL = 512  # how many rows it has at most where sums wait for the next segment
@@ -391,13 +392,15 @@ def emit_sweep(core: Core, rows: int) -> str:
     whole, some, mask = f.whole("sub", "%columns", left), f.test("sgt", left, 0), core.mask(f, left)
     most = 8 if rows < 8 else 4  # terms
     few = Few(core, f, rows)
+    # What is due next lies further on in a long row, or in the next rows
+    ahead = f.choose(f.test("sgt", "%columns", LONG), AHEAD, f.whole("mul", "%inner", most))
 
     def add(k: str, starts: Sequence[str], j: str, mask: str | None) -> None:
         places = rows_of(f, "%chains", j, core.size, rows)
         sums = [f.load(place, value, lanes) for place in places]
         for start, numbers in zip(starts, few.numbers(k, len(starts)), strict=True):
             source = f.byte(start, j, core.width)
-            f.prefetch(f.byte(source, AHEAD))
+            f.prefetch(f.byte(source, ahead))
             sums = few.add(sums, numbers, core.fetch(f, source, lanes, mask))
         for x, place in zip(sums, places, strict=True):
             f.store(x, place, value, lanes)
@@ -1021,7 +1024,7 @@ def thin_tiling(c: Contraction, m: int, n: int, a: Operand, b: Operand) -> Tilin
     """Units side by side, which go through memory in long ways, with work enough for each."""
     wide, most = min(ceil(LITTLE / max(c.k, 1) / 16) * 16, 512), 1
     if b.outer == 1:
-        wide = 512 if n >= 8192 else 256  # few units share out unevenly
+        wide = 64  # many units share out evenly; those of one thread are one way
         most = next(most for rows, most in FEW.items() if m <= rows) // wide
     else:
         wide = max(wide, 16 if a.inner == 1 else 64)

@@ -413,6 +413,8 @@ def test_predict_without_pillow(
 
 
 def test_info_tells_what_a_report_needs(needle: Needle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag in ("NEEDLE_NUM_THREADS", "NEEDLE_VECTOR_BITS", "NEEDLE_CACHE_DIR"):
+        monkeypatch.delenv(flag, raising=False)
     monkeypatch.setenv("NEEDLE_BACKEND", "np")
     code, out, err = needle("info")
     assert (code, err) == (0, "")

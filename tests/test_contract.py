@@ -356,13 +356,7 @@ def test_nothing_beyond_windows_is_read(lay: Lay) -> None:
     for at_end, sides in product((False, True), ((lay, None), (None, lay))):
         sizes = (m, 20, k) if sides[0] else (20, m, k)
         c, memory = windows(np.dtype(float32), *sides, sizes)
-        walled = {buffer: between_walls(data, at_end) for buffer, data in memory.items()}
-        expected = {buffer: data.copy() for buffer, data in memory.items()}
-        interpret.run(c, expected)
-        for bits in BITS:
-            run(c, walled, bits)
-        out = c.epilogue.stores[0].access.buffer
-        assert (as_bits(walled[out]) == as_bits(expected[out])).all()
+        check_between_walls(c, memory, at_end)
 
 
 @pytest.mark.parametrize("sizes", [(100, 100, 60), (300, 70, 300), (512, 1, 600)])
@@ -401,19 +395,24 @@ def between_walls(data: np.ndarray, at_end: bool) -> np.ndarray:
     return found
 
 
+def check_between_walls(c: Contraction, memory: dict[Buffer, np.ndarray], at_end: bool) -> None:
+    """The interpreter's bits, from operands that lie next to pages that cannot be read."""
+    walled = {buffer: between_walls(data, at_end) for buffer, data in memory.items()}
+    expected = {buffer: data.copy() for buffer, data in memory.items()}
+    interpret.run(c, expected)
+    for bits in BITS:
+        run(c, walled, bits)
+    out = c.epilogue.stores[0].access.buffer
+    assert (as_bits(walled[out]) == as_bits(expected[out])).all()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
 @pytest.mark.parametrize("orders", ORDERS)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int64"])
 def test_nothing_beyond_the_operands_is_read(name: str, orders: tuple[str, str]) -> None:
     for sizes, at_end in product([*EDGES, (20, 1, 9), (17, 43, 258)], (False, True)):
         c, memory = matmul(dtype_of(name), sizes, orders=orders)
-        walled = {buffer: between_walls(data, at_end) for buffer, data in memory.items()}
-        expected = {buffer: data.copy() for buffer, data in memory.items()}
-        interpret.run(c, expected)
-        for bits in BITS:
-            run(c, walled, bits)
-        out = c.epilogue.stores[0].access.buffer
-        assert (as_bits(walled[out]) == as_bits(expected[out])).all()
+        check_between_walls(c, memory, at_end)
 
 
 def test_epilogue_reads_and_stores() -> None:

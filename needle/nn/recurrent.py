@@ -8,7 +8,6 @@ step is one product with W_hh and one loop over what follows it. Weights are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -180,20 +179,34 @@ class GRUCell(Cell):
 class Recurrent(Module):
     """Layers of cells over time: see RNN."""
 
+    kind: type[Cell]
+    name: str  # of the attribute that holds the cells
+
     def __init__(
-        self, cells: Sequence[Cell], num_layers: int, batch_first: bool, dropout: float,
-        bidirectional: bool, checkpoint_every: int | None,
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        device: Any = None, dtype: Any = "float32", *, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, checkpoint_every: int | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
+        name = type(self).__name__
+        fits = isinstance(num_layers, int) and num_layers > 0
+        expect(fits, f"{name}: expected num_layers of at least 1; received {num_layers!r}")
+        options |= {"bias": bias, "device": device, "dtype": dtype}
+        directions = 1 + bidirectional
+        sizes = [input_size] + [directions * hidden_size] * (num_layers - 1)
+        every = [size for size in sizes for _ in range(directions)]
+        setattr(self, self.name, [self.kind(size, hidden_size, **options) for size in every])
         self.num_layers, self.batch_first, self.bidirectional = (
             num_layers, batch_first, bidirectional,
         )  # fmt: skip
-        self.input_size, self.hidden_size = cells[0].input_size, cells[0].hidden_size
+        self.input_size, self.hidden_size = input_size, hidden_size
         self.between, self.checkpoint_every = Dropout(dropout), checkpoint_every
 
     @property
     def cells(self) -> list[Cell]:
         """Layer by layer, of each the one that goes forward first."""
-        raise NotImplementedError(f"{type(self).__name__}: cells are not named")
+        found: list[Cell] = getattr(self, self.name)
+        return found
 
     def run(self, x: Tensor, state: State | None, lengths: Any) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and of each part of the state those of all cells, stacked."""
@@ -253,15 +266,6 @@ def mask_of(name: str, lengths: Any, steps: int, batch: int, x: Tensor) -> Tenso
     return less(times, reshape(lengths, (1, batch, 1)))
 
 
-def stacked(cell: Any, input_size: int, hidden_size: int, num_layers: int, both: bool) -> list[Any]:
-    """The cells of all layers, cell(input_size, hidden_size) each."""
-    fits = isinstance(num_layers, int) and num_layers > 0
-    expect(fits, f"recurrent layers: expected num_layers of at least 1; received {num_layers!r}")
-    directions = 1 + both
-    sizes = [input_size] + [directions * hidden_size] * (num_layers - 1)
-    return [cell(size, hidden_size) for size in sizes for _ in range(directions)]
-
-
 class RNN(Recurrent):
     """Layers of RNNCells over time: (out, h) of x (seq, batch, input_size).
 
@@ -276,23 +280,14 @@ class RNN(Recurrent):
     as with PyTorch's packed sequences. checkpoint_every: see `ndl.scan`. The cells are `rnn_cells`.
     """
 
+    kind, name = RNNCell, "rnn_cells"
+
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
-        nonlinearity: str = "tanh", device: Any = None, dtype: Any = "float32", *,
-        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-        checkpoint_every: int | None = None,
+        nonlinearity: str = "tanh", device: Any = None, dtype: Any = "float32", **options: Any,
     ) -> None:  # fmt: skip
-        def cell(inside: int, hidden: int) -> Cell:
-            return RNNCell(inside, hidden, bias, nonlinearity, device, dtype)
-
-        self.rnn_cells = stacked(cell, input_size, hidden_size, num_layers, bidirectional)
-        super().__init__(
-            self.rnn_cells, num_layers, batch_first, dropout, bidirectional, checkpoint_every
-        )
-
-    @property
-    def cells(self) -> list[Cell]:
-        return self.rnn_cells
+        options |= {"nonlinearity": nonlinearity, "device": device, "dtype": dtype}
+        super().__init__(input_size, hidden_size, num_layers, bias, **options)
 
     def forward(
         self, x: Tensor, h0: Tensor | None = None, lengths: Any = None
@@ -308,22 +303,7 @@ class LSTM(Recurrent):
     The cells are `lstm_cells`.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
-        device: Any = None, dtype: Any = "float32", *, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, checkpoint_every: int | None = None,
-    ) -> None:  # fmt: skip
-        def cell(inside: int, hidden: int) -> Cell:
-            return LSTMCell(inside, hidden, bias, device, dtype)
-
-        self.lstm_cells = stacked(cell, input_size, hidden_size, num_layers, bidirectional)
-        super().__init__(
-            self.lstm_cells, num_layers, batch_first, dropout, bidirectional, checkpoint_every
-        )
-
-    @property
-    def cells(self) -> list[Cell]:
-        return self.lstm_cells
+    kind, name = LSTMCell, "lstm_cells"
 
     def forward(
         self, x: Tensor, h: Any = None, lengths: Any = None
@@ -339,22 +319,7 @@ class GRU(Recurrent):
     `gru_cells`.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
-        device: Any = None, dtype: Any = "float32", *, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, checkpoint_every: int | None = None,
-    ) -> None:  # fmt: skip
-        def cell(inside: int, hidden: int) -> Cell:
-            return GRUCell(inside, hidden, bias, device, dtype)
-
-        self.gru_cells = stacked(cell, input_size, hidden_size, num_layers, bidirectional)
-        super().__init__(
-            self.gru_cells, num_layers, batch_first, dropout, bidirectional, checkpoint_every
-        )
-
-    @property
-    def cells(self) -> list[Cell]:
-        return self.gru_cells
+    kind, name = GRUCell, "gru_cells"
 
     def forward(
         self, x: Tensor, h0: Tensor | None = None, lengths: Any = None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from needle.array.spec import Spec
-from needle.autograd import MODE, Tensor, primitive
+from needle.autograd import MODE, Tensor, op_name, primitive
 from needle.dtype import FLOATS, promote
 from needle.errors import expect
 from needle.ops.composite import Composite
@@ -210,7 +210,16 @@ class Convolution(Composite):
         expect(whole, f"{name}: expected groups of at least 1; received {self.groups!r}")
         return stride, dilation
 
-    def check_shapes(self, name: str, x: Spec, w: Spec) -> None:
+    def geometry(self, x: Sizes, w: Sizes) -> Geometry:
+        """The numbers for these shapes, or the error of those that do not fit."""
+        raise NotImplementedError(f"{type(self).__name__}: geometry is not written")
+
+    @property
+    def products(self) -> Products:
+        return Products(MatMul(self.dot), self.groups)
+
+    def check(self, x: Spec, w: Spec) -> None:
+        name = op_name(self)
         expect(
             x.ndim > 2 and x.ndim == w.ndim,
             f"{name}: expected x of shape (n, *sizes, c) and w of shape (*kernel, c / groups, "
@@ -220,6 +229,7 @@ class Convolution(Composite):
         dtypes = f"{x.dtype} and {w.dtype}"
         expect(same, f"{name}: expected x and w of one float dtype; received {dtypes}", TypeError)
         expect(0 not in w.shape, f"{name}: expected weights; received shape {w.shape}")
+        self.geometry(x.shape, w.shape)
 
 
 def spans_of(kernel: Sizes, dilation: Sizes) -> Sizes:
@@ -396,10 +406,6 @@ class Conv(Convolution):
     groups: int = 1
     dot: bool = False
 
-    def check(self, x: Spec, w: Spec) -> None:
-        self.check_shapes("conv", x, w)
-        self.geometry(x.shape, w.shape)
-
     def geometry(self, x: Sizes, w: Sizes) -> Geometry:
         size, kernel, groups = x[1:-1], w[:-2], self.groups
         stride, dilation = self.settings("conv", len(size))
@@ -425,26 +431,19 @@ class Conv(Convolution):
         dx = self.products.input_gradient(dy, g.weights(w), g)
         return dx, self.products.weight_gradient(g.framed(x), dy, g, w.shape)
 
-    @property
-    def products(self) -> Products:
-        return Products(MatMul(self.dot), self.groups)
-
 
 @primitive
 class ConvTranspose(Convolution):
     """y = the dx of the convolution with w whose dy is x;  dx = that convolution of dy,
     dw = windows of dy, transposed, @ x"""
 
+    name = "conv_transpose"
     stride: Any = 1
     padding: Any = 0
     output_padding: Any = 0
     dilation: Any = 1
     groups: int = 1
     dot: bool = False
-
-    def check(self, x: Spec, w: Spec) -> None:
-        self.check_shapes("conv_transpose", x, w)
-        self.geometry(x.shape, w.shape)
 
     def geometry(self, x: Sizes, w: Sizes) -> Geometry:
         """Of the convolution from y to x."""
@@ -478,10 +477,6 @@ class ConvTranspose(Convolution):
         dy = g.framed(dy)
         dx = self.products.forward(dy, g.weights(w), g.stride, g.dilation)
         return dx, self.products.weight_gradient(dy, x, g, w.shape)
-
-    @property
-    def products(self) -> Products:
-        return Products(MatMul(self.dot), self.groups)
 
 
 def settled(given: Any) -> Any:

@@ -75,8 +75,9 @@ class Function(Writer):
         """An element of an array of 64-bit slots."""
         return self.let(f"load {kind}, ptr {self.byte(slots, 8 * number)}, align 8")
 
-    def prefetch(self, pointer: str) -> None:
-        self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 3, i32 1)")
+    def prefetch(self, pointer: str, near: int = 3) -> None:
+        """Fetch a line into the caches, or, with `near` 2, into all but the nearest."""
+        self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {near}, i32 1)")
 
     def choose(self, condition: str, a: object, b: object, kind: str = "i64") -> str:
         return self.let(f"select i1 {condition}, {kind} {a}, {kind} {b}")
@@ -325,9 +326,9 @@ class Few:
     def numbers(self, k: str, terms: int) -> Iterator[list[str]]:
         """Of some terms from k on the rows' numbers, each in all lanes."""
         f, core = self.f, self.core
-        places = [f.byte(start, k, core.width) for start in self.starts]
+        places = [f.byte(start, k, core.size) for start in self.starts]
         for term in range(terms):
-            found = [core.fetch(f, f.byte(place, term, core.width), 0) for place in places]
+            found = [f.load(f.byte(place, term, core.size), core.value, 0) for place in places]
             yield [f.splat(x, core.value, core.lanes) for x in found]
 
     def add(self, sums: Sequence[str], numbers: Sequence[str], column: str) -> list[str]:
@@ -350,7 +351,7 @@ def emit_dots(core: Core, rows: int) -> str:
         def square(k: str, sums: list[str]) -> list[str]:
             places = [f.byte(start, k, core.width) for start in starts]
             for place in places:
-                f.prefetch(f.byte(place, AHEAD))
+                f.prefetch(f.byte(place, lanes, "%outer"), 2)
             found = [core.fetch(f, place, lanes) for place in places]
             turned = Square(f, value, lanes).turned(found)
             for column, numbers in zip(turned, few.numbers(k, lanes), strict=True):
@@ -390,17 +391,16 @@ def emit_sweep(core: Core, rows: int) -> str:
     f, value, lanes = Function(f"sweep{rows}", THIN), core.value, core.lanes
     left = f.whole("srem", "%columns", lanes)
     whole, some, mask = f.whole("sub", "%columns", left), f.test("sgt", left, 0), core.mask(f, left)
-    most = 8 if rows < 8 else 4  # terms
+    most = 8  # terms
     few = Few(core, f, rows)
-    # What is due next lies further on in a long row, or in the next rows
-    ahead = f.choose(f.test("sgt", "%columns", LONG), AHEAD, f.whole("mul", "%inner", most))
+    ahead = f.whole("mul", "%inner", most)  # the next rows
 
     def add(k: str, starts: Sequence[str], j: str, mask: str | None) -> None:
         places = rows_of(f, "%chains", j, core.size, rows)
         sums = [f.load(place, value, lanes) for place in places]
         for start, numbers in zip(starts, few.numbers(k, len(starts)), strict=True):
             source = f.byte(start, j, core.width)
-            f.prefetch(f.byte(source, ahead))
+            f.prefetch(f.byte(source, ahead), 2)
             sums = few.add(sums, numbers, core.fetch(f, source, lanes, mask))
         for x, place in zip(sums, places, strict=True):
             f.store(x, place, value, lanes)
@@ -836,21 +836,14 @@ class Block:
         """A segment of a thin block."""
         f, core = self.f, self.core
         near = f.test("eq", a.inner, core.width)
-        with f.under(f.choose(near, "false", "true", "i1")), f.span("%rows") as r:
-            with f.span(self.count) as k:
-                x = f.load(f.byte(f.byte(a.start, r, a.outer), k, a.inner), core.memory, 0)
-                place = f.byte(f.byte(self.strips, r, core.strip), k, core.width)
-                f.store(x, place, core.memory, 0)
-        start, row = (
-            f.choose(near, a.start, self.strips, "ptr"),
-            f.choose(near, a.outer, core.strip),
-        )
+        way = f.choose(near, "@copy", "@gather", "ptr")
+        f.run(way, PACK, self.strips, core.strip, a.start, a.outer, a.inner, "%rows", self.count)
         work = "null"
         for name, here in (("dots", "true"), ("sweep", f.test("eq", b.outer, core.width))):
             for rows in sorted(FEW, reverse=True):
                 fits = f.let(f"and i1 {here}, {f.test('sle', '%rows', rows)}")
                 work = f.choose(fits, f"@{name}{rows}", work, "ptr")
-        left = (self.count, start, row, f.whole("sub", "%rows", 1))
+        left = (self.count, self.strips, core.strip, f.whole("sub", "%rows", 1))
         right = (b.start, b.outer, b.inner, "%columns", self.sums, self.panels, self.more)
         f.run(work, THIN, *left, *right)
         with f.under(self.final):

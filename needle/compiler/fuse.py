@@ -92,8 +92,9 @@ class Group:
         return tuple(axis for axis in range(len(self.shape)) if axis not in (self.inner or ()))
 
 
-def coordinates(count: int) -> Indices:
-    return tuple(coordinate(axis) for axis in range(count))
+def coordinates(shape: Sequence[int]) -> Indices:
+    """Each axis's coordinate; an axis of size 1 has none, as where a reshape made it."""
+    return tuple(fixed(0) if n == 1 else coordinate(axis) for axis, n in enumerate(shape))
 
 
 def is_spread(x: Node) -> bool:
@@ -205,7 +206,7 @@ class Fuser:
         if type(node.op) in (ops.Concatenate, ops.Stack):
             self.place_parts(node)
         elif not self.join_any(node):
-            self.join(self.begin("loop", node.shape), node, coordinates(len(node.shape)))
+            self.join(self.begin("loop", node.shape), node, coordinates(node.shape))
 
     def join_any(self, node: Node) -> bool:
         """Place a node in the group of something that it reads, if one takes it in."""
@@ -292,7 +293,7 @@ class Fuser:
         sizes, size = group.shape, prod(node.shape)
         found = [self.pushed(group, node)]
         if size == prod(sizes):
-            place = linearize(coordinates(len(sizes)), sizes)
+            place = linearize(coordinates(sizes), sizes)
             found.append(delinearize(place, node.shape, sizes))
         if group.inner and size == prod(sizes[axis] for axis in group.outer):
             outer = [coordinate(axis) for axis in group.outer]
@@ -384,7 +385,7 @@ class Fuser:
             if any(self.reduce_in(group, node, index, axes, order) for index in guesses):
                 return
         group = self.begin("loop", x.shape)
-        fits = self.reduce_in(group, node, coordinates(len(x.shape)), axes, order)
+        fits = self.reduce_in(group, node, coordinates(x.shape), axes, order)
         assert fits, f"{node} does not fit a group of its own"
 
     def reduce_in(
@@ -420,7 +421,7 @@ class Fuser:
         for x in node.inputs:
             self.ground(x, views_only=True, windows=windows)
         group = self.begin("contraction", node.shape)
-        group.index[node] = coordinates(len(node.shape))
+        group.index[node] = coordinates(node.shape)
         self.group_of[node] = group
         self.read(group, *self.below(node.inputs))
 
@@ -428,7 +429,7 @@ class Fuser:
         group = self.begin("loop", node.shape)
         group.inner, group.order = (node.op.axis % len(node.shape),), COLUMNS
         walk = Walk(self, group)
-        index = coordinates(len(node.shape))
+        index = coordinates(node.shape)
         assert walk.enter(node.inputs[0], index)
         assert walk.run()
         self.add(group, node, index, walk)
@@ -532,7 +533,7 @@ class Fuser:
     def is_affine(self, x: Node, node: Node, windows: bool) -> bool:
         """Whether the path of views from x down to a node's input has strides, or digits that
         have, if that is compact."""
-        index, sizes = coordinates(len(x.shape)), x.shape
+        index, sizes = coordinates(x.shape), x.shape
         while True:
             number, index, _ = MOVEMENT[type(x.op)](
                 x.op, index, [each.shape for each in x.inputs], sizes

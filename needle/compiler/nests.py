@@ -499,7 +499,7 @@ def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
     leaves, strides, moves = op.body.inputs, {}, {}
     way = -1 if op.reverse else 1
     for n, x in enumerate(node.inputs[op.carries :], op.carries):
-        place = coordinates(len(x.shape))
+        place = coordinates(x.shape)
         buffer, start, ways = locate(layout, group, x, place, x.shape)
         found = [stride for ((_, stride),) in ways]
         step = 0

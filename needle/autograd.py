@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 import re
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import reduce
@@ -896,31 +896,39 @@ def make_general(kind: Any, op: Op, inputs: tuple[Any, ...], spec: Any = None) -
 
 def find_topo_sort(node_list: Sequence[Value]) -> list[Value]:
     """All nodes below the given ones, each after its inputs, in post-order depth-first order."""
-    order: list[Value] = []
-    visited: set[Value] = set()
-    for root in node_list:
-        visit(root, visited, order, lambda node: node.inputs)
+    return post_order(node_list, lambda node: node.inputs)
+
+
+def post_order(
+    roots: Iterable[Any], inputs: Callable[[Any], Sequence[Any]], known: Iterable[Any] = ()
+) -> list[Any]:
+    """The roots and all below them, each after its inputs, depth first and without recursion.
+    known: what is left out, and where the walk stops."""
+    order: list[Any] = []
+    visited = set(known)
+    for root in roots:
+        if root in visited:
+            continue
+        visited.add(root)
+        stack = [(root, iter(inputs(root)))]
+        while stack:
+            node, rest = stack[-1]
+            for x in rest:
+                if x not in visited:
+                    visited.add(x)
+                    stack.append((x, iter(inputs(x))))
+                    break
+            else:
+                order.append(node)
+                stack.pop()
     return order
 
 
-def visit(
-    root: Value, visited: set[Value], order: list[Value], inputs: Callable[[Value], Sequence[Value]]
-) -> None:
-    """Append root and what lies below it to order, by depth first, without recursion."""
-    if root in visited:
-        return
-    visited.add(root)
-    stack = [(root, iter(inputs(root)))]
-    while stack:
-        node, rest = stack[-1]
-        for x in rest:
-            if x not in visited:
-                visited.add(x)
-                stack.append((x, iter(inputs(x))))
-                break
-        else:
-            order.append(node)
-            stack.pop()
+def pending_inputs(value: Any) -> Sequence[Any]:
+    """What a Value that is not computed reads: Values, and arrays; nothing of all else."""
+    if isinstance(value, Value) and value.cached_data is None and value.operands is not None:
+        return value.operands
+    return ()
 
 
 def inputs_with_gradient(node: Value) -> list[Value]:
@@ -938,8 +946,7 @@ def compute_gradient_of_variables(output_tensor: Value, out_grad: Value) -> None
         with mode(autocast=None):
             compute_gradient_of_variables(output_tensor, out_grad)
         return
-    order: list[Any] = []
-    visit(output_tensor, set(), order, inputs_with_gradient)
+    order = post_order([output_tensor], inputs_with_gradient)
     found: list[tuple[Value, Any]] = []
     for node, adjoint in reverse(order, {output_tensor: [out_grad]}):
         if adjoint is not None:
@@ -958,12 +965,10 @@ def parts_below(
 ) -> dict[Value, list[Any]]:
     """The parts of which the adjoints of `ends`, values below the outputs, are the sums. Only what
     depends on them is differentiated, nothing below them, and no `.grad` is set."""
-    order: list[Any] = []
-    visited: set[Value] = set()
     seeds: dict[Value, Any] = {}
     for y, out_grad in zip(outputs, out_grads, strict=True):
         seeds.setdefault(y, []).append(out_grad)
-        visit(y, visited, order, lambda x: () if x in ends else inputs_with_gradient(x))
+    order = post_order(outputs, lambda x: () if x in ends else inputs_with_gradient(x))
     nodes: set[Value] = set()
     for node in order:
         if node in ends or not nodes.isdisjoint(node.inputs):

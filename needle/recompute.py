@@ -85,14 +85,10 @@ class Record:
 
     def order(self, outputs: Sequence[Value], counts: Callable[[Value], bool]) -> list[Any]:
         """What the outputs follow from, each after what it reads."""
-        found: list[Value] = []
-        visited: set[Value] = set()
         nothing: Any = (None, ())
-        for y in outputs:
-            autograd.visit(
-                y, visited, found, lambda x: list(filter(counts, self.made.get(x, nothing)[1]))
-            )
-        return found
+        return autograd.post_order(
+            outputs, lambda x: list(filter(counts, self.made.get(x, nothing)[1]))
+        )
 
     def contract(self, found: Any) -> Any:
         """What the function returned, Tensors with history as items of one node."""

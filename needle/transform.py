@@ -57,11 +57,8 @@ class Point:
 
     def depends_on_others(self) -> bool:
         """Whether something but the fresh leaves, which requires a gradient, is below the value."""
-        order: list[Any] = []
-        visited: set[Any] = set()
-        for y in tensors_in((self.value, self.aux)):
-            if y.requires_grad:
-                autograd.visit(y, visited, order, self.below)
+        roots = [y for y in tensors_in((self.value, self.aux)) if y.requires_grad]
+        order = autograd.post_order(roots, self.below)
         return any(x not in SPENT and not self.below(x) for x in order)
 
     def below(self, x: Any) -> Sequence[Any]:

@@ -13,7 +13,7 @@ node means is its op's `compute` (interpret, below).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from needle import autograd
 from needle.array.spec import Spec
-from needle.autograd import Op, Value
+from needle.autograd import Op, Value, pending_inputs, post_order
 from needle.backend.numpy import compute
 from needle.compiler import OFF
 from needle.compiler.simplify import rewrite
@@ -118,7 +118,7 @@ class Graph:
     def __init__(self, inputs: Sequence[Node], outputs: Sequence[Node]) -> None:
         self.inputs = list(inputs)
         self.outputs = list(outputs)
-        self.nodes = sort(self.outputs)
+        self.nodes: list[Node] = post_order(self.outputs, lambda node: node.inputs)
 
     def __str__(self) -> str:
         names = {node: f"%{number}" for number, node in enumerate(self.nodes)}
@@ -137,24 +137,6 @@ def describe(node: Node) -> str:
         size = node.op.array.size
         return f"constant[{node.op.array.item()}]" if size == 1 else f"constant[{size} elements]"
     return repr(node.op)
-
-
-def sort(outputs: Iterable[Node]) -> list[Node]:
-    """All nodes below, each after its inputs; without recursion."""
-    order: dict[Node, None] = {}
-    entered: set[Node] = set()
-    stack = list(outputs)[::-1]
-    while stack:
-        node = stack[-1]
-        if node in order:
-            stack.pop()
-        elif node in entered:
-            order[node] = None
-            stack.pop()
-        else:
-            entered.add(node)
-            stack.extend(x for x in reversed(node.inputs) if x not in order)
-    return list(order)
 
 
 def nodes_of(graph: Graph) -> Iterator[Node]:
@@ -259,13 +241,6 @@ def trace(
     return Graph(nodes, [found[id(x)] for x in outputs])
 
 
-def below(value: Any) -> Sequence[Any]:
-    """What a Value that is not computed reads: Values, and arrays."""
-    if isinstance(value, Value) and value.cached_data is None and value.operands is not None:
-        return value.operands
-    return ()
-
-
 def translate(
     builder: Builder, outputs: Sequence[Any], found: dict[int, Any], places: Mapping[Value, str]
 ) -> None:
@@ -276,13 +251,13 @@ def translate(
         if id(value) in found:
             stack.pop()
             continue
-        waiting = [x for x in below(value) if id(x) not in found]
+        waiting = [x for x in pending_inputs(value) if id(x) not in found]
         if waiting:
             stack.extend(waiting)
             continue
         if isinstance(value, Value):
             builder.place = places.get(value, builder.place)
-        found[id(value)] = as_node(builder, value, [found[id(x)] for x in below(value)])
+        found[id(value)] = as_node(builder, value, [found[id(x)] for x in pending_inputs(value)])
         stack.pop()
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from needle import autograd
 from needle.array.ndarray import NDArray
 from needle.array.spec import Spec
-from needle.autograd import MODE, Op, Tensor, TensorTuple, TensorTupleOp, Value, primitive, spec_of
+from needle.autograd import MODE, Op, Tensor, TensorTuple, TensorTupleOp, primitive, spec_of
 from needle.backend.numpy import compute
 from needle.ops.composite import placeholder, tracing
 from needle.ops.contract import BroadcastMatMul, MatMul
@@ -79,10 +79,7 @@ def segment_of(
 ) -> tuple[Segment, list[Any]]:
     """What makes the outputs of the inputs, and the leaves that it reads besides, which follow the
     inputs. reads: what a value is made of, nothing for a leaf."""
-    order: list[Any] = []
-    visited: set[Value] = set(inputs)
-    for y in outputs:
-        autograd.visit(y, visited, order, reads)
+    order = autograd.post_order(outputs, reads, inputs)
     leaves = [x for x in order if not reads(x)]
     places = {x: number for number, x in enumerate((*inputs, *leaves))}
     steps = []
@@ -462,8 +459,5 @@ def is_kept(x: Any) -> bool:
 
 def reached(roots: Sequence[Any], stops: Collection[Any]) -> list[Any]:
     """Of the stops, those that the roots depend on."""
-    order: list[Any] = []
-    visited: set[Any] = set()
-    for root in roots:
-        autograd.visit(root, visited, order, lambda x: () if x in stops else below(x))
+    order = autograd.post_order(roots, lambda x: () if x in stops else below(x))
     return [x for x in order if x in stops]

@@ -231,6 +231,13 @@ AnyOp = TypeVar("AnyOp", bound=type[Op])
 
 
 @dataclass_transform(frozen_default=True)
+def with_fields(cls: AnyOp) -> AnyOp:
+    """A class of ops whose annotations are fields, its own ones and those of the classes below."""
+    # dataclass only collects the fields: writing methods by exec would cost 1 ms a class at import.
+    return dataclass(init=False, repr=False, eq=False, match_args=False)(cls)  # type: ignore
+
+
+@dataclass_transform(frozen_default=True)
 def primitive(cls: AnyOp) -> AnyOp:
     """A class of needle's own ops: a frozen dataclass whose instances with equal fields are one
     object.
@@ -239,8 +246,7 @@ def primitive(cls: AnyOp) -> AnyOp:
     equal if their type and bits are, so that 0.0, -0.0, 0 and False differ and NaN equals itself.
     """
     made: dict[Any, Any] = {}
-    # dataclass only collects the fields: writing methods by exec would cost 1 ms a class at import.
-    frozen = dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
+    frozen = with_fields(cls)
     defaults = {field.name: field.default for field in fields(frozen)}  # type: ignore[arg-type]
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +274,7 @@ def primitive(cls: AnyOp) -> AnyOp:
     frozen.is_builtin = True
     if not hasattr(frozen, "name"):
         frozen.name = snake_case(cls.__name__)  # type: ignore[attr-defined]
-    return frozen  # type: ignore[return-value]
+    return frozen
 
 
 def bind(

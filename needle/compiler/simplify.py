@@ -196,8 +196,6 @@ def index_copy(builder: Builder, op: IndexCopy, x: Node, source: Node, index: No
 class Fold(Reduction):
     """y = x folded by halving over one axis (needle/ops/order.py): the sum of chunks' sums"""
 
-    axes: tuple[int, ...]
-
     def compute(self, x: np.ndarray) -> np.ndarray:
         return fold(np.moveaxis(x, self.axes[0], 0))
 

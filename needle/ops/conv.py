@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from needle.array.spec import Spec
-from needle.autograd import MODE, Tensor, op_name, primitive
+from needle.autograd import MODE, Tensor, op_name, primitive, with_fields
 from needle.dtype import FLOATS, promote
 from needle.errors import expect
 from needle.ops.composite import Composite
@@ -193,14 +193,15 @@ def as_pairs(name: str, padding: Any, size: Sizes, spans: Sizes, stride: Sizes) 
     return tuple((n, n) for n in per_axis(name, "padding", padding, len(size), 0))
 
 
+@with_fields
 class Convolution(Composite):
     """What convolutions and their transposes have in common: their settings."""
 
-    stride: Any
-    padding: Any
-    dilation: Any
-    groups: int
-    dot: bool
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    dot: bool = False
 
     def settings(self, name: str, count: int) -> tuple[Sizes, Sizes]:
         """Stride and dilation, one per axis."""
@@ -400,12 +401,6 @@ class Conv(Convolution):
     """y[n, o..., :] = sum over t, c of x[n, o * stride + t * dilation - padding..., c] w[t..., c];
     dw = windows of x, transposed, @ dy; dx = the transposed convolution of dy with w"""
 
-    stride: Any = 1
-    padding: Any = 0
-    dilation: Any = 1
-    groups: int = 1
-    dot: bool = False
-
     def geometry(self, x: Sizes, w: Sizes) -> Geometry:
         size, kernel, groups = x[1:-1], w[:-2], self.groups
         stride, dilation = self.settings("conv", len(size))
@@ -438,12 +433,7 @@ class ConvTranspose(Convolution):
     dw = windows of dy, transposed, @ x"""
 
     name = "conv_transpose"
-    stride: Any = 1
-    padding: Any = 0
     output_padding: Any = 0
-    dilation: Any = 1
-    groups: int = 1
-    dot: bool = False
 
     def geometry(self, x: Sizes, w: Sizes) -> Geometry:
         """Of the convolution from y to x."""
@@ -524,6 +514,7 @@ def conv_transpose(
     places = (sizes - 1) * stride + dilation * (kernel - 1) + 1 - padding before and after +
     output_padding, of which the last decides between the sizes that a stride rounds to one.
     """
-    numbers = [settled(each) for each in (stride, padding, output_padding, dilation)]
+    numbers = [settled(each) for each in (stride, padding, dilation)]
     kind: Any = ConvTranspose
-    return kind(*numbers, groups, Precision.dot)(*alike("conv_transpose", x, w))
+    op = kind(*numbers, groups, Precision.dot, settled(output_padding))
+    return op(*alike("conv_transpose", x, w))

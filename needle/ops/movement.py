@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from needle.array.spec import Spec, as_axes, as_axis, as_shape, reshaped
-from needle.autograd import Tensor, TensorOp, TensorTuple, TensorTupleOp, primitive, replay
+from needle.autograd import (
+    Tensor,
+    TensorOp,
+    TensorTuple,
+    TensorTupleOp,
+    primitive,
+    replay,
+    with_fields,
+)
 from needle.dtype import promote
 from needle.errors import expect
 from needle.ops.composite import Composite
@@ -268,6 +276,7 @@ def pad(x: Operand, widths: Any, value: Scalar = 0) -> Tensor:
     return Pad(tuple(as_shape("pad", pair) for pair in widths), value)(x)
 
 
+@with_fields
 class Dilation(Composite):
     """Every (dilation + 1)-th place along axes; axes beyond x's are ignored, as in the course."""
 
@@ -286,9 +295,6 @@ class Dilation(Composite):
 class Dilate(Dilation):
     """y = x with `dilation` zeros after each element along axes;  dx = dy without them"""
 
-    axes: tuple[int, ...]
-    dilation: int
-
     def expand(self, x: Tensor) -> Tensor:
         pairs = list(zip(x.shape, self.steps(x), strict=True))
         ranges = tuple((0, size, step) for size, step in pairs)
@@ -298,9 +304,6 @@ class Dilate(Dilation):
 @primitive
 class UnDilate(Dilation):
     """y = every (dilation + 1)-th element of x along axes;  dx = dy dilated"""
-
-    axes: tuple[int, ...]
-    dilation: int
 
     def expand(self, x: Tensor) -> Tensor:
         pairs = zip(x.shape, self.steps(x), strict=True)

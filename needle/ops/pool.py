@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from needle.array.spec import as_shape
-from needle.autograd import Tensor, primitive
+from needle.autograd import Tensor, primitive, with_fields
 from needle.errors import expect
 from needle.ops.composite import Composite
 from needle.ops.conv import Pairs, Sizes, per_axis
@@ -28,6 +28,7 @@ from needle.ops.reduce import argmax, restore_axes
 MOST_TAPS = 16  # that one kernel reads; larger windows are taken axis by axis
 
 
+@with_fields
 class Pool(Composite):
     """What both kinds share: their numbers, one for each axis of an image."""
 
@@ -96,10 +97,6 @@ class MaxPool(Pool):
 
     filler = -inf
     reads_output = True
-    kernel: Sizes
-    stride: Sizes
-    pads: Pairs
-    dilation: Sizes
 
     def expand(self, x: Tensor) -> Tensor:
         return reduce(maximum, self.taps(x))
@@ -121,10 +118,6 @@ class AvgPool(Pool):
     """y[n, o..., c] = sum over t of x[n, o * stride + t * dilation - padding..., c] / divisor;
     dx = dy / divisor, added where windows overlap"""
 
-    kernel: Sizes
-    stride: Sizes
-    pads: Pairs
-    dilation: Sizes
     divisor: float
 
     def expand(self, x: Tensor) -> Tensor:

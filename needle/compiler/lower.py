@@ -180,11 +180,6 @@ def extreme(name: str) -> Callable[..., Expr]:
     return lambda op, a, b: binary(logical if a.dtype == bool_ else name, a, b)
 
 
-def unary_math(name: str) -> Callable[..., Expr]:
-    function = math.MATH[name]
-    return lambda op, x: function(x)
-
-
 ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.EWiseAdd: add,
     Subtract: lambda op, a, b: a - b,
@@ -198,16 +193,11 @@ ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.Negate: lambda op, x: literal(0, x.dtype) - x if x.dtype not in FLOATS else -x,
     ops.Abs: absolute_value,
     ops.Sign: sign,
-    ops.Exp: unary_math("exp"),
-    ops.Expm1: unary_math("expm1"),
-    ops.Log: unary_math("log"),
-    ops.Log1p: unary_math("log1p"),
+    **dict.fromkeys(
+        (ops.Exp, ops.Expm1, ops.Log, ops.Log1p, ops.Rsqrt, ops.Sin, ops.Cos, ops.Tanh, ops.Erf),
+        lambda op, x: math.MATH[op.name](x),
+    ),
     ops.Sqrt: lambda op, x: sqrt(x),
-    ops.Rsqrt: unary_math("rsqrt"),
-    ops.Sin: unary_math("sin"),
-    ops.Cos: unary_math("cos"),
-    ops.Tanh: unary_math("tanh"),
-    ops.Erf: unary_math("erf"),
     ops.ReLU: relu,
     ops.Floor: rounding(floor),
     ops.Ceil: rounding(ceil),

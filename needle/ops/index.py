@@ -29,6 +29,7 @@ def check_range(name: str, indices: Sequence[np.ndarray], sizes: Sequence[int]) 
 
 
 def check_between(text: str, index: np.ndarray, low: int, high: int) -> None:
+    """IndexError, which begins with a text, where an index lies outside [low, high)."""
     if index.size and (int(index.min()) < low or int(index.max()) >= high):
         raise IndexError(f"{text}; received {index[(index < low) | (index >= high)].flat[0]}")
 
@@ -330,11 +331,8 @@ def one_hot(indices: Operand, num_classes: int, dtype: Any = float32) -> Tensor:
     """Rows of the identity matrix: y[..., j] = 1 where j = indices[...], else 0."""
     index = as_indices("one_hot", indices)
     if index.cached_data is not None:
-        values = index.numpy()
-        bad = values[(values < 0) | (values >= num_classes)]
-        if bad.size:
-            labels = f"labels from 0 to {num_classes - 1}; received {bad[0]}"
-            raise IndexError(f"one_hot: expected {labels}")
+        expected = f"one_hot: expected labels from 0 to {num_classes - 1}"
+        check_between(expected, index.numpy(), 0, num_classes)
     classes = as_tensor(np.arange(num_classes, dtype=index.dtype), index)
     return astype(equal(index.reshape((*index.shape, 1)), classes), as_dtype(dtype))
 

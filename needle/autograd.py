@@ -411,10 +411,7 @@ def realize(value: Value) -> None:
         data = [x.cached_data if isinstance(x, Value) else x for x in node.operands]
         node.cached_data = evaluate(node.op, flattened(data), node.spec)
         node.operands = None
-        if Hooks.node is not None:
-            Hooks.node(node)
-        if not node.requires_grad:
-            node.op, node.inputs = None, ()
+        settle(node)
         stack.pop()
 
 
@@ -852,14 +849,19 @@ def rebuild(kind: type[Tensor], data: NDArray, requires_grad: bool) -> Tensor:
 
 
 def announce(value: Any) -> Any:
-    """Tell the hooks of a computed node, then drop the history that it does not need."""
+    """A node was made, and computed at once."""
     if Hooks.create is not None:
         Hooks.create(value)
+    settle(value)
+    return value
+
+
+def settle(value: Any) -> None:
+    """A node is computed: drop the history that it does not need."""
     if Hooks.node is not None:
         Hooks.node(value)
     if not value.requires_grad:
         value.op, value.inputs = None, ()
-    return value
 
 
 def spec_of(value: Value) -> Any:

@@ -245,20 +245,15 @@ def translate(
     builder: Builder, outputs: Sequence[Any], found: dict[int, Any], places: Mapping[Value, str]
 ) -> None:
     """Add to `found` the node (or tuple of nodes) of every Value below the outputs, by its id."""
-    stack = list(outputs)
-    while stack:
-        value = stack[-1]
-        if id(value) in found:
-            stack.pop()
-            continue
-        waiting = [x for x in pending_inputs(value) if id(x) not in found]
-        if waiting:
-            stack.extend(waiting)
-            continue
-        if isinstance(value, Value):
-            builder.place = places.get(value, builder.place)
-        found[id(value)] = as_node(builder, value, [found[id(x)] for x in pending_inputs(value)])
-        stack.pop()
+
+    def reads(value: Any) -> Sequence[Any]:
+        return () if id(value) in found else pending_inputs(value)
+
+    for value in post_order(outputs, reads):
+        if id(value) not in found:
+            if isinstance(value, Value):
+                builder.place = places.get(value, builder.place)
+            found[id(value)] = as_node(builder, value, [found[id(x)] for x in reads(value)])
 
 
 def as_node(builder: Builder, value: Any, inputs: list[Any]) -> Any:

@@ -20,13 +20,13 @@ from ml_dtypes import finfo
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import MODE, Hooks, Tensor, TensorTuple, op_name
+from needle.autograd import MODE, Hooks, TensorTuple, op_name
 from needle.backend.device import Device
 from needle.capture.capture import Capture
 from needle.capture.holders import named_values
 from needle.capture.part import Part
 from needle.capture.replay import State
-from needle.capture.structure import Call, walk
+from needle.capture.structure import Call, tensors_in
 from needle.capture.variant import Variant
 from needle.dtype import FLOATS
 from needle.errors import expect
@@ -113,8 +113,7 @@ class Runs:
         self.args, self.kwargs = args, kwargs
         cells = getattr(self.function, "__closure__", None) or ()
         around = [each.cell_contents for each in cells if each != CellType()]
-        found = walk((args, kwargs, around, named_values(self.function)), "")
-        self.state = State(x for _, x in found if isinstance(x, Tensor))
+        self.state = State(tensors_in((args, kwargs, around, named_values(self.function))))
 
     def run(self, setting: Any) -> tuple[list[Step], list[NDArray]]:
         """The steps, and the arrays that the function returned."""
@@ -206,7 +205,7 @@ class Runs:
 
 def arrays_of(found: Any) -> list[NDArray]:
     """The arrays of the Tensors that a function returned."""
-    return [x.realize_cached_data() for _, x in walk(found, "") if isinstance(x, Tensor)]
+    return [x.realize_cached_data() for x in tensors_in(found)]
 
 
 def compare(

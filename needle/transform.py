@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from needle import autograd
 from needle.autograd import MODE, Tensor, add_partials, inputs_with_gradient, parts_below
-from needle.capture.structure import rebuild, walk
+from needle.capture.structure import rebuild, replace_tensors, tensors_in, walk
 from needle.dtype import FLOATS
 from needle.errors import expect
 from needle.init import ones_like, zeros_like
@@ -98,14 +98,6 @@ def parameters_of(x: Any) -> Any:
     if not isinstance(x, Module):
         return x
     return {name: each for name, each in x.named_parameters() if each.requires_grad}
-
-
-def tensors_in(x: Any) -> list[Any]:
-    return [leaf for _, leaf in walk(x, "") if isinstance(leaf, Tensor)]
-
-
-def replace_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
-    return rebuild(x, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def kind_of(x: Any) -> str:

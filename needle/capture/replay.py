@@ -20,7 +20,7 @@ from needle.array.ndarray import NDArray
 from needle.autograd import MODE, Hooks, Tensor
 from needle.capture.gradient import Adjoint
 from needle.capture.holders import Snapshot, entries
-from needle.capture.structure import Call, walk
+from needle.capture.structure import Call, tensors_in
 from needle.capture.variant import DATA, Variant
 from needle.init.random import Source
 from needle.ops.tuples import make_tuple
@@ -86,8 +86,7 @@ class Replay:
         """The Tensors that the function returns, computed op by op."""
         self.rewind()
         with autograd.mode(**self.settings, backward_of=None):
-            found = [x for _, x in walk(self.function(*self.args, **self.kwargs), "")]
-            tensors = [x for x in found if isinstance(x, Tensor)]
+            tensors = tensors_in(self.function(*self.args, **self.kwargs))
             for x in tensors:
                 x.realize_cached_data()
         return tensors

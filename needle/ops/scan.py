@@ -192,19 +192,14 @@ def hoist(body: Segment, changing: int, captured: Sequence[Any]) -> tuple[Segmen
     used = [n for n in dict.fromkeys((*reads, *body.outputs)) if not varies[n]]
     if any(body.steps[n - body.inputs].several for n in used if n in fixed):
         return body, list(captured)
-    before = Segment(len(captured), (), ())
-    if fixed:
-        places = {n + changing: n for n in range(len(captured))}
-        places |= {n: number for number, n in enumerate(sorted(fixed), len(captured))}
-        moved = [
-            step._replace(sources=tuple([places[x] for x in step.sources]))
-            for n, step in steps
-            if n in fixed
-        ]
-        before = before._replace(steps=tuple(moved))
-    else:
-        places = {n + changing: n for n in range(len(captured))}
-    values = before.values(captured)
+    places = {n + changing: n for n in range(len(captured))}
+    places |= {n: number for number, n in enumerate(sorted(fixed), len(captured))}
+    before = [
+        step._replace(sources=tuple([places[x] for x in step.sources]))
+        for n, step in steps
+        if n in fixed
+    ]
+    values = Segment(len(captured), tuple(before), ()).values(captured)
     inputs = [*range(changing), *used]
     new = {n: number for number, n in enumerate(inputs)}
     rest: list[Step] = []

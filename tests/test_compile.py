@@ -3,7 +3,7 @@ planted in each pass, which comparing programs with eager mode must find."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -432,10 +432,7 @@ def every_group(self: fuse.Fuser, node: graph.Node) -> list[fuse.Group]:
 
 
 def test_a_dropped_barrier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_barriers(nests: Sequence[Any], *before: Mapping[Any, Any]) -> dict[Any, int]:
-        return dict.fromkeys(nests, 0)
-
-    monkeypatch.setattr(schedule, "assign_levels", no_barriers)
+    monkeypatch.setattr(schedule.Levels, "earliest", lambda self, nest, waits: 0)
     assert finds(lambda: assert_nests_are_the_graph(backwards))
 
 

@@ -155,6 +155,14 @@ def crossed(x: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
     return [one, after, one + other, last, first]
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "float32"])
+def test_extremes_of_many_elements_in_chunks_that_are_not_whole(dtype: str) -> None:
+    given = (np.abs(draw(70_001)) * 50 % 2).astype(dtype)
+    for x in (given, np.ones_like(given), np.zeros_like(given)):
+        assert ops.max(Tensor(x)).item() == x.max()
+        assert ops.min(Tensor(x)).item() == x.min()
+
+
 def test_merged_groups_come_after_what_either_reads() -> None:
     xs = [data(8, 8, seed=seed) for seed in range(3)]
     for found, expected in zip(ndl.jit(crossed)(*xs), crossed(*xs), strict=True):

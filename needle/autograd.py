@@ -872,11 +872,6 @@ def spec_of(value: Value) -> Any:
     return tuple(each.spec for each in data) if type(data) is tuple else data.spec
 
 
-def infer_pending(op: Op, inputs: Sequence[Value]) -> Any:
-    """The Spec of a node on inputs that may not be computed; TensorTuples count as their items."""
-    return op.infer(*flattened([spec_of(x) for x in inputs]))
-
-
 def as_values(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """The inputs of an op, arrays among them as constants."""
     return tuple(x if isinstance(x, Value) else Tensor.make_const(x) for x in inputs)
@@ -887,7 +882,8 @@ def make_general(kind: Any, op: Op, inputs: tuple[Any, ...], spec: Any = None) -
     if MODE.autocast is not None:
         inputs = OPS.cast_operands(op, inputs)
     if is_lazy():
-        return kind.make_pending(op, inputs, infer_pending(op, inputs) if spec is None else spec)
+        spec = op.infer(*flattened([spec_of(x) for x in inputs])) if spec is None else spec
+        return kind.make_pending(op, inputs, spec)
     arrays = flattened([x.realize_cached_data() for x in inputs])
     requires_grad = any(x.requires_grad for x in inputs)
     if op.is_builtin:

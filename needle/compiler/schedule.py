@@ -168,8 +168,9 @@ def plan(kernels: Sequence[Sequence[AnyNest]], outputs: Sequence[Buffer]) -> Pla
         for nest in nests:
             for buffer in nest.reads() | nest.writes():
                 lives[buffer] = (lives.get(buffer, (place, 0))[0], place)
-    kept = set(outputs)
-    lives = {b: x for b, x in lives.items() if b not in kept and not is_external(b)}
+    for buffer in outputs:
+        lives.pop(buffer, None)
+    lives = {b: x for b, x in lives.items() if not isinstance(b.source, (Input, Constant))}
     by_start: dict[int, list[Buffer]] = {}
     by_end: dict[int, list[Buffer]] = {}
     for buffer, (start, end) in lives.items():
@@ -183,10 +184,6 @@ def plan(kernels: Sequence[Sequence[AnyNest]], outputs: Sequence[Buffer]) -> Pla
         for buffer in [] if "reuse" in OFF else by_end.get(place, []):
             arena.give(offsets[buffer], nbytes(buffer))
     return Plan(arena.size, offsets, lives, sum(map(nbytes, lives)))
-
-
-def is_external(buffer: Buffer) -> bool:
-    return isinstance(buffer.source, (Input, Constant))
 
 
 def nbytes(buffer: Buffer) -> int:

@@ -268,8 +268,8 @@ class Adjoint(NamedTuple):
             if isinstance(part, Use):
                 return stack_of(part)
             op, *uses = part
-            stacks = map(stack_of, uses)
-            return added_up(*stacks) if op is None else ACROSS[type(op)](op, *stacks)
+            stacks = [*map(stack_of, uses)]
+            return summation(stacks[0], (0,)) if op is None else ACROSS[type(op)](op, *stacks)
 
         grads = [[total(part) for part in parts] for parts in self.parts]
         return tuple([autograd.add_partials(parts) if parts else None for parts in grads])
@@ -285,11 +285,6 @@ class Adjoint(NamedTuple):
             again = Scan(body, op.carries, op.xs, op.length, op.reverse)(*node.inputs)
             found |= {n: again[op.carries + place] for place, n in enumerate(missing)}
         return found
-
-
-def added_up(x: Any) -> Any:
-    """The sum over turns of x."""
-    return summation(x, (0,))
 
 
 def sum_across(op: Summation, x: Any) -> Any:

@@ -82,10 +82,7 @@ class JittedFunction:
         call = Call(MODE.grad, MODE.autocast, Precision.dot)
         try:
             for name, x in zip(self.parameters, args, strict=False):
-                if name in self.static:
-                    call.add_static(x)
-                else:
-                    call.add(x)
+                (call.add_static if name in self.static else call.add)(x)
             for x in args[len(self.parameters) :]:
                 call.add(x)
             for name, x in kwargs.items():

@@ -516,7 +516,7 @@ def make_program(lowered: Lowered, donated: Mapping[int, int] | None = None) -> 
 def eager_plan(op: Op, forms: Sequence[Form]) -> Program | None:
     """The program of one op on operands of given forms; None for an op that the host computes."""
     builder = Builder()
-    nodes = [builder.leaf(Input(number), form.spec) for number, form in enumerate(forms)]
+    nodes = [Node(Input(number), (), form.spec) for number, form in enumerate(forms)]
     found = graph.apply(builder, op, nodes, None)
     outputs = list(found) if isinstance(found, tuple) else [found]
     source = Graph(nodes, outputs)

@@ -21,7 +21,7 @@ import numpy as np
 
 from needle import autograd
 from needle.array.spec import Spec
-from needle.autograd import Op, Value, pending_inputs, post_order
+from needle.autograd import Op, Value, flattened, pending_inputs, post_order
 from needle.backend.numpy import compute
 from needle.compiler import OFF
 from needle.compiler.simplify import rewrite
@@ -210,15 +210,12 @@ class Builder:
             known = self.known[key] = Node(op, inputs, spec, self.place)
         return known
 
-    def leaf(self, op: Input | Constant, spec: Spec) -> Node:
-        return Node(op, (), spec)
-
     def constant(self, array: np.ndarray) -> Node:
         """Small constants by value, so that equal ones are one node."""
         key = (array.tobytes(), array.shape, array.dtype) if array.size <= 16 else (id(array),)
         known = self.known.get(key)
         if known is None:
-            known = self.leaf(Constant(array), Spec(array.shape, array.dtype))
+            known = Node(Constant(array), (), Spec(array.shape, array.dtype))
             self.known[key] = known
         return known
 
@@ -235,7 +232,7 @@ def trace(
     nodes = []
     for number, x in enumerate(inputs):
         spec = autograd.spec_of(x) if isinstance(x, Value) else x.spec
-        nodes.append(builder.leaf(Input(number), spec))
+        nodes.append(Node(Input(number), (), spec))
         found[id(x)] = nodes[-1]
     translate(builder, outputs, found, places or {})
     return Graph(nodes, [found[id(x)] for x in outputs])
@@ -263,11 +260,7 @@ def as_node(builder: Builder, value: Any, inputs: list[Any]) -> Any:
         if type(data) is tuple:
             return tuple(builder.constant(each.view) for each in data)
         return builder.constant(data.view)
-    return apply(builder, value.op, flatten(inputs), value.spec)
-
-
-def flatten(inputs: Sequence[Any]) -> list[Node]:
-    return autograd.flattened(inputs)
+    return apply(builder, value.op, flattened(inputs), value.spec)
 
 
 def apply(builder: Builder, op: Any, inputs: list[Node], spec: Any) -> Any:
@@ -313,9 +306,9 @@ def repeat(builder: Builder, op: Scan, inputs: Sequence[Node]) -> tuple[Node, ..
     one array, of which y is a view."""
     specs, inside = op.inner([x.spec for x in inputs]), Builder()
     inside.place = builder.place
-    values: list[Any] = [inside.leaf(Input(n), x) for n, x in enumerate(specs[: len(inputs)])]
+    values: list[Any] = [Node(Input(n), (), x) for n, x in enumerate(specs[: len(inputs)])]
     for step, spec in zip(op.body.steps, specs[len(inputs) :], strict=True):
-        values.append(apply(inside, step.op, flatten([values[n] for n in step.sources]), spec))
+        values.append(apply(inside, step.op, flattened([values[n] for n in step.sources]), spec))
     leaves, found = values[: len(inputs)], [values[n] for n in op.body.outputs]
     after, ys = found[: op.carries], found[op.carries :]
     if not op.length:

@@ -34,13 +34,11 @@ from needle.dtype import FLOATS, LOW_PRECISION, DType, as_dtype, bfloat16
 from needle.errors import TraceError, expect
 
 TENSOR_COUNTER = 0  # the number of live values
-LAZY_MODE = (
-    False  # whether every op waits until its value is asked for; `ndl.lazy()` says so for a block
-)
+# Whether every op waits until its value is asked for; `ndl.lazy()` says so for a block.
+LAZY_MODE = False
 
-OPS: Any = (
-    SimpleNamespace()
-)  # the functions behind Tensor's operators and methods, registered by needle.ops
+# The functions behind Tensor's operators and methods, registered by needle.ops.
+OPS: Any = SimpleNamespace()
 
 
 class Mode(threading.local):

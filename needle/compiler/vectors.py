@@ -215,10 +215,8 @@ class Writer:
 
     def half(self, x: str, dtype: DType, lanes: int, start: int) -> str:
         """Half of a vector, from a lane on."""
-        kind, places = (
-            typed(dtype, lanes),
-            f"<{lanes // 2} x i32> {count_from('i32', start, lanes // 2)}",
-        )
+        kind = typed(dtype, lanes)
+        places = f"<{lanes // 2} x i32> {count_from('i32', start, lanes // 2)}"
         return self.let(f"shufflevector {kind} {x}, {kind} poison, {places}")
 
     def count_up(self, start: object, lanes: int, dtype: DType = int64) -> str:
@@ -289,10 +287,8 @@ class Writer:
         the range is kept from the instruction, as it would raise a flag."""
         bounds, zero = np.iinfo(target), constant(0, source, lanes)
         ends = (("olt", bounds.min, bounds.min), ("oge", float(bounds.max) + 1, bounds.max))
-        tests, near = (
-            [],
-            self.select(self.compare("eq", source, lanes, x, x), x, zero, source, lanes),
-        )
+        near = self.select(self.compare("eq", source, lanes, x, x), x, zero, source, lanes)
+        tests = []
         for relation, end, _ in ends:
             bound = constant(float(end), source, lanes)
             tests.append(self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}"))

@@ -193,9 +193,8 @@ class Recurrent(Module):
         sizes = [input_size] + [directions * hidden_size] * (num_layers - 1)
         every = [size for size in sizes for _ in range(directions)]
         setattr(self, self.name, [self.kind(size, hidden_size, **options) for size in every])
-        self.num_layers, self.batch_first, self.bidirectional = (
-            num_layers, batch_first, bidirectional,
-        )  # fmt: skip
+        self.num_layers, self.bidirectional = num_layers, bidirectional
+        self.batch_first = batch_first
         self.input_size, self.hidden_size = input_size, hidden_size
         self.between, self.checkpoint_every = Dropout(dropout), checkpoint_every
 

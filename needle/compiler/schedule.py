@@ -67,14 +67,17 @@ def schedule(
     levels = assign_levels(nests, writers, waits)
     places = {nest: place for place, nest in enumerate(nests)}
     found = Schedule([])
-    last_check = max((levels[n] for n in nests if has_checks(n)), default=-1)
+    checking = [nest for nest in nests if has_checks(nest)]
+    ahead = needed_by(checking, writers, waits)
     for output, source in (donated if "reuse" not in OFF else {}).items():
         nest = writers[output][0]
         reason = why_not(nest, output, source, len(writers[output]))
         before = [levels[each] for each in readers.get(source, []) if each is not nest]
-        least = max([*before, last_check], default=-1) + 1
+        least = max([*before, *(levels[each] for each in checking)], default=-1) + 1
         if not reason and least > levels[nest] and output in readers:
             reason = "it is read before the input was read for the last time"
+        if not reason and nest in ahead:
+            reason = "it is written before the last check"
         if reason:
             found.refused[output] = reason
             continue
@@ -82,12 +85,29 @@ def schedule(
         if least > levels[nest]:
             raise_level(nest, least, places, readers, levels)
     found.in_place = {
-        o: i for o, i in found.in_place.items() if still(o, i, levels, readers, writers)
+        o: i for o, i in found.in_place.items() if still(o, i, levels, readers, writers, checking)
     }
     kernels: list[list[AnyNest]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
     for nest in nests:
         kernels[levels[nest]].append(nest)
     found.kernels = [each for each in kernels if each]
+    return found
+
+
+def needed_by(
+    nests: Sequence[AnyNest],
+    writers: Mapping[Buffer, Sequence[AnyNest]],
+    waits: Mapping[AnyNest, Sequence[AnyNest]],
+) -> set[AnyNest]:
+    """Some nests, and all that come before them."""
+    found: set[AnyNest] = set()
+    stack = list(nests)
+    while stack:
+        nest = stack.pop()
+        if nest not in found:
+            found.add(nest)
+            stack += [each for buffer in nest.reads() for each in writers.get(buffer, [])]
+            stack += waits.get(nest, [])
     return found
 
 
@@ -133,10 +153,12 @@ def still(
     levels: Mapping[AnyNest, int],
     readers: Mapping[Buffer, Sequence[AnyNest]],
     writers: Mapping[Buffer, Sequence[AnyNest]],
+    checking: Sequence[AnyNest],
 ) -> bool:
-    """Whether an output comes after all other readers of the input whose place it takes."""
+    """Whether an output comes after all checks and all other readers of the input whose place it
+    takes."""
     writer = writers[output][0]
-    others = [each for each in readers.get(source, []) if each is not writer]
+    others = [*checking, *(each for each in readers.get(source, []) if each is not writer)]
     return all(levels[each] < levels[writer] for each in others)
 
 

@@ -25,7 +25,7 @@ from needle.array.ndarray import NDArray
 from needle.autograd import MODE, Hooks, Tensor, Value, op_name
 from needle.compare import compare as compare
 from needle.dtype import FLOATS
-from needle.ops.scan import ORIGINS, Origin, Scan
+from needle.ops.scan import ORIGINS, Origin, Scan, turns_of
 from needle.scan import origin_of
 from needle.site import Site, current_site
 
@@ -94,19 +94,13 @@ class AnomalyDetector:
 
     def enter(self, node: Value, op: Scan) -> None:
         """Run a scan's body once more, turn by turn and op by op: each is looked at."""
-        arrays: list[Any] = [x.realize_cached_data() for x in node.inputs]
-        count, before, here = op.carries + op.xs, self.turns, self.place(node)
+        inputs = [Tensor.make_const(x.realize_cached_data()) for x in node.inputs]
+        before, here = self.turns, self.place(node)
         known = ORIGINS.get(node) or [Origin()] * len(op.body.steps)
         origins = [x if x.is_known else Origin(here, x.inside) for x in known]
         try:
-            with autograd.mode(grad=False, lazy=False, autocast=None, backward_of=None):
-                for turn in op.places:
-                    self.turns = f"{before}, in turn {turn} of {op.length}"
-                    elements = [x[turn] for x in arrays[op.carries : count]]
-                    inputs = [*arrays[: op.carries], *elements, *arrays[count:]]
-                    values = op.body.values(map(Tensor.make_const, inputs), origins)
-                    found = [x.realize_cached_data() for x in values]  # with LAZY_MODE they wait
-                    arrays[: op.carries] = [found[n] for n in op.body.outputs[: op.carries]]
+            for turn in turns_of(op, inputs, origins):
+                self.turns = f"{before}, in turn {turn} of {op.length}"
         finally:
             self.turns = before
 

@@ -16,7 +16,7 @@ its uses:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -145,6 +145,24 @@ def traced_back(op: Scan, known: Sequence[Origin], origins: Iterable[Origin]) ->
         else:
             found.append(known[step])
     return found
+
+
+def turns_of(op: Scan, inputs: Sequence[Any], origins: Iterable[Any]) -> Iterator[int]:
+    """Each turn, whose body then runs op by op on the inputs, for those who watch nodes."""
+    count, carried = op.carries + op.xs, list(inputs[: op.carries])
+    for turn in op.places:
+        yield turn
+        with autograd.mode(grad=False, autocast=None, backward_of=None, origin=None):
+            elements = [element(x, turn) for x in inputs[op.carries : count]]
+            values = op.body.values([*carried, *elements, *inputs[count:]], origins)
+            for x in values if MODE.trace is None else ():
+                x.realize_cached_data()
+            carried = [values[n] for n in op.body.outputs[: op.carries]]
+
+
+def element(x: Any, turn: int) -> Any:
+    known = MODE.trace is None and x.cached_data is not None
+    return Tensor.make_const(x.cached_data[turn]) if known else x[turn]
 
 
 @primitive

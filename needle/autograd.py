@@ -53,6 +53,7 @@ class Mode(threading.local):
     autocast: DType | None = None  # of `ndl.autocast`: what contractions run in
     is_general = False  # lazy or autocast, so that `replay` leaves nodes to make_general
     record: Any = None  # what notes the ops of a checkpointed function, while it runs
+    origin: Any = None  # of an op that stands in for one of a scan's body: an Origin of ops/scan.py
 
 
 MODE = Mode()

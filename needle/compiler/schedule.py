@@ -56,6 +56,7 @@ class Levels:
     def __init__(
         self, nests: Sequence[AnyNest], waits: Mapping[AnyNest, Sequence[AnyNest]]
     ) -> None:
+        self.waits = waits
         self.places = {nest: place for place, nest in enumerate(nests)}
         self.readers: dict[Buffer, list[AnyNest]] = {}
         self.writers: dict[Buffer, list[AnyNest]] = {}
@@ -74,9 +75,22 @@ class Levels:
         before = [self.of[x] for x in (*writers, *waits) if x is not nest]
         return max(before, default=-1) + 1
 
-    def others(self, source: Buffer, nest: AnyNest) -> list[int]:
-        """The levels of what reads a buffer besides a nest."""
-        return [self.of[each] for each in self.readers.get(source, []) if each is not nest]
+    def others(self, source: Buffer, nest: AnyNest, checking: Sequence[AnyNest]) -> list[int]:
+        """The levels of what checks, and of what reads a buffer besides a nest."""
+        readers = [each for each in self.readers.get(source, []) if each is not nest]
+        return [self.of[each] for each in (*readers, *checking)]
+
+    def needed_by(self, nests: Sequence[AnyNest]) -> set[AnyNest]:
+        """Some nests, and all that come before them."""
+        found: set[AnyNest] = set()
+        stack = list(nests)
+        while stack:
+            nest = stack.pop()
+            if nest not in found:
+                found.add(nest)
+                stack += [x for buffer in nest.reads() for x in self.writers.get(buffer, [])]
+                stack += self.waits.get(nest, [])
+        return found
 
     def lift(self, nest: AnyNest, least: int) -> None:
         """Let a nest come no sooner than `least`, and what reads it after it."""
@@ -101,22 +115,25 @@ def schedule(
     """Nests as kernels; donated: output -> the input whose memory it may overwrite; waits: nest ->
     others that come before it, though it reads nothing of theirs."""
     found, levels = Schedule([]), Levels(nests, waits)
-    last_check = max((levels.of[n] for n in nests if has_checks(n)), default=-1)
+    checking = [nest for nest in nests if has_checks(nest)]
+    ahead = levels.needed_by(checking)
     for output, source in (donated if "reuse" not in OFF else {}).items():
         nest = levels.writers[output][0]
         reason = why_not(nest, output, source, len(levels.writers[output]))
-        least = max([*levels.others(source, nest), last_check], default=-1) + 1
+        least = max(levels.others(source, nest, checking), default=-1) + 1
         if not reason and least > levels.of[nest] and output in levels.readers:
             reason = "it is read before the input was read for the last time"
+        if not reason and nest in ahead:
+            reason = "it is written before the last check"
         if reason:
             found.refused[output] = reason
             continue
         found.in_place[output] = source
         if least > levels.of[nest]:
             levels.lift(nest, least)
-    for output, source in list(found.in_place.items()):  # what was lifted later may read it
+    for output, source in list(found.in_place.items()):  # what was lifted later may come after it
         nest = levels.writers[output][0]
-        if any(level >= levels.of[nest] for level in levels.others(source, nest)):
+        if any(each >= levels.of[nest] for each in levels.others(source, nest, checking)):
             del found.in_place[output]
     kernels: list[list[AnyNest]] = [[] for _ in range(max(levels.of.values(), default=-1) + 1)]
     for nest in nests:

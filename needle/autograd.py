@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 import re
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import reduce
@@ -34,13 +34,11 @@ from needle.dtype import FLOATS, LOW_PRECISION, DType, as_dtype, bfloat16
 from needle.errors import TraceError, expect
 
 TENSOR_COUNTER = 0  # the number of live values
-LAZY_MODE = (
-    False  # whether every op waits until its value is asked for; `ndl.lazy()` says so for a block
-)
+# Whether every op waits until its value is asked for; `ndl.lazy()` says so for a block.
+LAZY_MODE = False
 
-OPS: Any = (
-    SimpleNamespace()
-)  # the functions behind Tensor's operators and methods, registered by needle.ops
+# The functions behind Tensor's operators and methods, registered by needle.ops.
+OPS: Any = SimpleNamespace()
 
 
 class Mode(threading.local):
@@ -55,6 +53,7 @@ class Mode(threading.local):
     autocast: DType | None = None  # of `ndl.autocast`: what contractions run in
     is_general = False  # lazy or autocast, so that `replay` leaves nodes to make_general
     record: Any = None  # what notes the ops of a checkpointed function, while it runs
+    origin: Any = None  # of an op that stands in for one of a scan's body: an Origin of ops/scan.py
 
 
 MODE = Mode()
@@ -231,6 +230,13 @@ AnyOp = TypeVar("AnyOp", bound=type[Op])
 
 
 @dataclass_transform(frozen_default=True)
+def with_fields(cls: AnyOp) -> AnyOp:
+    """A class of ops whose annotations are fields, its own ones and those of the classes below."""
+    # dataclass only collects the fields: writing methods by exec would cost 1 ms a class at import.
+    return dataclass(init=False, repr=False, eq=False, match_args=False)(cls)  # type: ignore
+
+
+@dataclass_transform(frozen_default=True)
 def primitive(cls: AnyOp) -> AnyOp:
     """A class of needle's own ops: a frozen dataclass whose instances with equal fields are one
     object.
@@ -239,8 +245,7 @@ def primitive(cls: AnyOp) -> AnyOp:
     equal if their type and bits are, so that 0.0, -0.0, 0 and False differ and NaN equals itself.
     """
     made: dict[Any, Any] = {}
-    # dataclass only collects the fields: writing methods by exec would cost 1 ms a class at import.
-    frozen = dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
+    frozen = with_fields(cls)
     defaults = {field.name: field.default for field in fields(frozen)}  # type: ignore[arg-type]
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +273,7 @@ def primitive(cls: AnyOp) -> AnyOp:
     frozen.is_builtin = True
     if not hasattr(frozen, "name"):
         frozen.name = snake_case(cls.__name__)  # type: ignore[attr-defined]
-    return frozen  # type: ignore[return-value]
+    return frozen
 
 
 def bind(
@@ -405,10 +410,7 @@ def realize(value: Value) -> None:
         data = [x.cached_data if isinstance(x, Value) else x for x in node.operands]
         node.cached_data = evaluate(node.op, flattened(data), node.spec)
         node.operands = None
-        if Hooks.node is not None:
-            Hooks.node(node)
-        if not node.requires_grad:
-            node.op, node.inputs = None, ()
+        settle(node)
         stack.pop()
 
 
@@ -846,14 +848,19 @@ def rebuild(kind: type[Tensor], data: NDArray, requires_grad: bool) -> Tensor:
 
 
 def announce(value: Any) -> Any:
-    """Tell the hooks of a computed node, then drop the history that it does not need."""
+    """A node was made, and computed at once."""
     if Hooks.create is not None:
         Hooks.create(value)
+    settle(value)
+    return value
+
+
+def settle(value: Any) -> None:
+    """A node is computed: drop the history that it does not need."""
     if Hooks.node is not None:
         Hooks.node(value)
     if not value.requires_grad:
         value.op, value.inputs = None, ()
-    return value
 
 
 def spec_of(value: Value) -> Any:
@@ -862,11 +869,6 @@ def spec_of(value: Value) -> Any:
     if data is None:
         return value.spec
     return tuple(each.spec for each in data) if type(data) is tuple else data.spec
-
-
-def infer_pending(op: Op, inputs: Sequence[Value]) -> Any:
-    """The Spec of a node on inputs that may not be computed; TensorTuples count as their items."""
-    return op.infer(*flattened([spec_of(x) for x in inputs]))
 
 
 def as_values(inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -879,7 +881,8 @@ def make_general(kind: Any, op: Op, inputs: tuple[Any, ...], spec: Any = None) -
     if MODE.autocast is not None:
         inputs = OPS.cast_operands(op, inputs)
     if is_lazy():
-        return kind.make_pending(op, inputs, infer_pending(op, inputs) if spec is None else spec)
+        spec = op.infer(*flattened([spec_of(x) for x in inputs])) if spec is None else spec
+        return kind.make_pending(op, inputs, spec)
     arrays = flattened([x.realize_cached_data() for x in inputs])
     requires_grad = any(x.requires_grad for x in inputs)
     if op.is_builtin:
@@ -896,31 +899,39 @@ def make_general(kind: Any, op: Op, inputs: tuple[Any, ...], spec: Any = None) -
 
 def find_topo_sort(node_list: Sequence[Value]) -> list[Value]:
     """All nodes below the given ones, each after its inputs, in post-order depth-first order."""
-    order: list[Value] = []
-    visited: set[Value] = set()
-    for root in node_list:
-        visit(root, visited, order, lambda node: node.inputs)
+    return post_order(node_list, lambda node: node.inputs)
+
+
+def post_order(
+    roots: Iterable[Any], inputs: Callable[[Any], Sequence[Any]], known: Iterable[Any] = ()
+) -> list[Any]:
+    """The roots and all below them, each after its inputs, depth first and without recursion.
+    known: what is left out, and where the walk stops."""
+    order: list[Any] = []
+    visited = set(known)
+    for root in roots:
+        if root in visited:
+            continue
+        visited.add(root)
+        stack = [(root, iter(inputs(root)))]
+        while stack:
+            node, rest = stack[-1]
+            for x in rest:
+                if x not in visited:
+                    visited.add(x)
+                    stack.append((x, iter(inputs(x))))
+                    break
+            else:
+                order.append(node)
+                stack.pop()
     return order
 
 
-def visit(
-    root: Value, visited: set[Value], order: list[Value], inputs: Callable[[Value], Sequence[Value]]
-) -> None:
-    """Append root and what lies below it to order, by depth first, without recursion."""
-    if root in visited:
-        return
-    visited.add(root)
-    stack = [(root, iter(inputs(root)))]
-    while stack:
-        node, rest = stack[-1]
-        for x in rest:
-            if x not in visited:
-                visited.add(x)
-                stack.append((x, iter(inputs(x))))
-                break
-        else:
-            order.append(node)
-            stack.pop()
+def pending_inputs(value: Any) -> Sequence[Any]:
+    """What a Value that is not computed reads: Values, and arrays; nothing of all else."""
+    if isinstance(value, Value) and value.cached_data is None and value.operands is not None:
+        return value.operands
+    return ()
 
 
 def inputs_with_gradient(node: Value) -> list[Value]:
@@ -938,8 +949,7 @@ def compute_gradient_of_variables(output_tensor: Value, out_grad: Value) -> None
         with mode(autocast=None):
             compute_gradient_of_variables(output_tensor, out_grad)
         return
-    order: list[Any] = []
-    visit(output_tensor, set(), order, inputs_with_gradient)
+    order = post_order([output_tensor], inputs_with_gradient)
     found: list[tuple[Value, Any]] = []
     for node, adjoint in reverse(order, {output_tensor: [out_grad]}):
         if adjoint is not None:
@@ -958,12 +968,10 @@ def parts_below(
 ) -> dict[Value, list[Any]]:
     """The parts of which the adjoints of `ends`, values below the outputs, are the sums. Only what
     depends on them is differentiated, nothing below them, and no `.grad` is set."""
-    order: list[Any] = []
-    visited: set[Value] = set()
     seeds: dict[Value, Any] = {}
     for y, out_grad in zip(outputs, out_grads, strict=True):
         seeds.setdefault(y, []).append(out_grad)
-        visit(y, visited, order, lambda x: () if x in ends else inputs_with_gradient(x))
+    order = post_order(outputs, lambda x: () if x in ends else inputs_with_gradient(x))
     nodes: set[Value] = set()
     for node in order:
         if node in ends or not nodes.isdisjoint(node.inputs):

@@ -2,7 +2,8 @@
 
 A setting is a mode, "eager", "lazy" or "jit", or a device, on which every op of the eager run is
 computed once more. All settings begin with the same state and random numbers, and leave no trace.
-Ops are paired by name, shape, place in the code and how often they have occurred there.
+Ops are paired by name, shape, place in the code and how often they have occurred there. The body of
+a scan is run op by op besides, the first TURNS turns of it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from ml_dtypes import finfo
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import MODE, Hooks, Tensor, TensorTuple, op_name
+from needle.autograd import MODE, Hooks, TensorTuple, op_name
 from needle.backend.device import Device
 from needle.capture.capture import Capture
 from needle.capture.holders import named_values
 from needle.capture.part import Part
 from needle.capture.replay import State
-from needle.capture.structure import Call, walk
+from needle.capture.structure import Call, tensors_in
 from needle.capture.variant import Variant
 from needle.dtype import FLOATS
 from needle.errors import expect
 from needle.init.random import Generator, Source
 from needle.jit import JittedFunction
-from needle.nn.module import running_path
-from needle.site import Site, current_site
+from needle.ops.scan import ORIGINS, Origin, Scan, turns_of
+from needle.scan import origin_of
 
 MODES = ("eager", "lazy", "jit")
+TURNS = 16  # of a scan, whose ops are compared one by one
 ROUNDINGS = 64  # by which an op may differ between devices, of its largest value
 
 
@@ -43,7 +45,7 @@ ROUNDINGS = 64  # by which an op may differ between devices, of its largest valu
 class Step:
     """An op that ran, and its results."""
 
-    key: tuple[str, tuple[Any, ...], Site]  # name, specs, place
+    key: tuple[str, tuple[Any, ...], Any]  # name, specs, place: a Site, or in words
     value: Any
     op: Any = None
     inputs: list[NDArray] = field(default_factory=list)
@@ -56,7 +58,7 @@ class Difference:
     """Where two values of one op differ most, and by how much."""
 
     op: str
-    site: Site | None
+    site: Any  # a Site, in the gradient of a scan in words; None of a result
     dtype: Any
     shape: tuple[int, ...]
     place: tuple[int, ...]  # of the largest difference
@@ -72,7 +74,7 @@ class Difference:
         return self.absolute / largest if largest else 0.0
 
     def __str__(self) -> str:
-        at = f" at {self.site}" if self.site else ""
+        at = f" {Origin(self.site)}" if self.site else ""
         return (
             f"{self.op} {self.dtype}{list(self.shape)}{at}\n"
             f"  at {list(self.place)}: {self.a:.9g} and {self.b:.9g}; difference "
@@ -113,8 +115,7 @@ class Runs:
         self.args, self.kwargs = args, kwargs
         cells = getattr(self.function, "__closure__", None) or ()
         around = [each.cell_contents for each in cells if each != CellType()]
-        found = walk((args, kwargs, around, named_values(self.function)), "")
-        self.state = State(x for _, x in found if isinstance(x, Tensor))
+        self.state = State(tensors_in((args, kwargs, around, named_values(self.function))))
 
     def run(self, setting: Any) -> tuple[list[Step], list[NDArray]]:
         """The steps, and the arrays that the function returned."""
@@ -130,11 +131,23 @@ class Runs:
     def recorded(self, call: Callable[[], Any], **settings: Any) -> tuple[list[Step], Any]:
         """The steps of a call, and what it returns."""
         steps: dict[Any, Step] = {}
+        turns = [""]  # of scans, the inner one last
 
         def created(node: Any) -> None:
+            place = origin_of(node).place
+            if isinstance(node.op, Scan):
+                enter(node, node.op)
             name, specs = op_name(node.op), autograd.flattened([autograd.spec_of(node)])
             if not node.op.moves and name != "stop_gradient":  # those are views, and not always ops
-                steps[node] = Step((name, tuple(specs), current_site(running_path())), node)
+                steps[node] = Step((name + turns[-1], tuple(specs), place), node)
+
+        def enter(node: Any, op: Scan) -> None:
+            turns.append(before := turns[-1])
+            for number, turn in enumerate(turns_of(op, node.inputs, ORIGINS.get(node, ()))):
+                if number == TURNS:
+                    break
+                turns[-1] = f"{before} in turn {turn} of {op.length}"
+            turns.pop()
 
         def computed(node: Any) -> None:
             if node in steps:
@@ -206,7 +219,7 @@ class Runs:
 
 def arrays_of(found: Any) -> list[NDArray]:
     """The arrays of the Tensors that a function returned."""
-    return [x.realize_cached_data() for _, x in walk(found, "") if isinstance(x, Tensor)]
+    return [x.realize_cached_data() for x in tensors_in(found)]
 
 
 def compare(

@@ -22,10 +22,11 @@ import numpy as np
 
 from needle import autograd
 from needle.array.ndarray import NDArray
-from needle.autograd import MODE, Hooks, Value, op_name
+from needle.autograd import MODE, Hooks, Tensor, Value, op_name
 from needle.compare import compare as compare
 from needle.dtype import FLOATS
-from needle.nn.module import running_path
+from needle.ops.scan import ORIGINS, Origin, Scan, turns_of
+from needle.scan import origin_of
 from needle.site import Site, current_site
 
 # Anomalies
@@ -44,7 +45,8 @@ class AnomalyDetector:
     def __init__(self, infinities: bool) -> None:
         self.infinities = infinities
         self.kinds = 3 if infinities else 1  # of runtime.made
-        self.sites: WeakKeyDictionary[Value, Site] = WeakKeyDictionary()
+        self.origins: WeakKeyDictionary[Value, Origin] = WeakKeyDictionary()
+        self.turns = ""  # of scans whose bodies run, in words
         # By variant of a jitted function: what it will read from outside, which holds no NaN, and
         # what its last run replaced, whose memory the next one may take
         self.clean: dict[Any, list[NDArray]] = {}
@@ -62,38 +64,52 @@ class AnomalyDetector:
 
     def made(self, node: Value) -> None:
         if MODE.trace is None:
-            self.sites[node] = current_site(running_path())
+            self.origins[node] = origin_of(node)
 
     def computed(self, node: Value) -> None:
         """Check one node; its inputs are still at hand."""
+        if isinstance(node.op, Scan):
+            self.enter(node, node.op)
         nan, infinite = state_of(arrays_of(node))
         if node.op is None or not self.is_odd(nan, infinite):
             return
-        name, site = op_name(node.op), self.sites.get(node) or current_site(running_path())
+        name, place = op_name(node.op), self.place(node)
         inputs = [array for x in node.inputs for array in arrays_of(x)]
         nan_before, infinite_before = state_of(inputs)
         if nan_before:
-            self.blame_leaf(node, name, site)
+            self.blame_leaf(node, name, f"{place}{self.turns}")
         elif nan or not infinite_before:
             ranges = "; ".join(map(range_of, inputs)) or "no inputs"
             what = "NaN" if nan else "infinity"
-            raise AnomalyError(f"{name} made {what} {self.place(site)}; its inputs: {ranges}")
+            raise AnomalyError(f"{name} made {what} {place}{self.turns}; its inputs: {ranges}")
 
-    def place(self, site: Site) -> str:
+    def place(self, node: Value) -> str:
         """Where an op ran: its line, or the forward op whose gradient it is part of."""
-        forward = MODE.backward_of
-        if forward is None or forward.op is None:
-            return f"at {site}"
-        origin = self.sites.get(forward)
-        computed = f" computed at {origin}" if origin else ""
+        forward, origin = MODE.backward_of, self.origins.get(node) or origin_of(node)
+        if forward is None or forward.op is None or isinstance(origin.place, str):
+            return str(origin)
+        before = self.origins.get(forward)
+        computed = f" computed {before}" if before else ""
         return f"in the gradient of {op_name(forward.op)}{computed}"
 
-    def blame_leaf(self, node: Value, name: str, site: Site) -> None:
+    def enter(self, node: Value, op: Scan) -> None:
+        """Run a scan's body once more, turn by turn and op by op: each is looked at."""
+        inputs = [Tensor.make_const(x.realize_cached_data()) for x in node.inputs]
+        before, here = self.turns, self.place(node)
+        known = ORIGINS.get(node) or [Origin()] * len(op.body.steps)
+        origins = [x if x.is_known else Origin(here, x.inside) for x in known]
+        try:
+            for turn in turns_of(op, inputs, origins):
+                self.turns = f"{before}, in turn {turn} of {op.length}"
+        finally:
+            self.turns = before
+
+    def blame_leaf(self, node: Value, name: str, place: str) -> None:
         """A NaN that no op made came in with a leaf: name the op that read it first."""
         for index, x in enumerate(node.inputs):
             if x.op is None and state_of(arrays_of(x))[0]:
                 leaf = f"NaN from its input {index}, which no op made"
-                raise AnomalyError(f"{name} read {leaf}, at {site}")
+                raise AnomalyError(f"{name} read {leaf}, {place}")
 
 
 def arrays_of(node: Value) -> list[np.ndarray]:

@@ -46,10 +46,6 @@ def as_dtype(dtype: Any) -> DType:
     return found
 
 
-def is_float(dtype: DType) -> bool:
-    return dtype in FLOATS
-
-
 def cast(x: np.ndarray, dtype: DType) -> np.ndarray:
     """x in another dtype, x itself where it has it already.
 

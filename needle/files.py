@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +61,15 @@ def import_extra(module: str, extra: str) -> Any:
     except ImportError:
         received = f"an environment without it: pip install needle-dl[{extra}]"
         raise ImportError(f"{module}: expected an installed library; received {received}") from None
+
+
+def find_file(name: str, folder: Path, places: Iterable[str], expected: str) -> Path:
+    """The first file of those that a folder may have; FileNotFoundError, which `name` asks for."""
+    for path in (folder / place for place in places):
+        if path.is_file():
+            return path
+    received = "a folder without it" if folder.is_dir() else "a path that is no folder"
+    raise FileNotFoundError(f"{name}: expected {expected} in {folder}; received {received}")
 
 
 # Writing

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import update_wrapper
+from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
@@ -29,7 +30,6 @@ from needle.capture.capture import Capture
 from needle.capture.replay import watched
 from needle.capture.structure import Call, Unfit, in_words, walk
 from needle.capture.variant import Variant
-from needle.compiler.explain import explain
 from needle.compiler.reference import ReferenceProgram
 from needle.errors import expect
 from needle.init.random import Generator, Source
@@ -82,10 +82,7 @@ class JittedFunction:
         call = Call(MODE.grad, MODE.autocast, Precision.dot)
         try:
             for name, x in zip(self.parameters, args, strict=False):
-                if name in self.static:
-                    call.add_static(x)
-                else:
-                    call.add(x)
+                (call.add_static if name in self.static else call.add)(x)
             for x in args[len(self.parameters) :]:
                 call.add(x)
             for name, x in kwargs.items():
@@ -149,12 +146,8 @@ class JittedFunction:
 
     def leaves(self, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
         """(path, leaf) of all arguments."""
-        names = [*self.parameters, *(f"argument {n}" for n in range(len(args)))]
-        if len(args) > len(self.parameters):
-            names = [
-                *self.parameters,
-                *map("argument {}".format, range(len(self.parameters), len(args))),
-            ]
+        more = range(len(self.parameters), len(args))
+        names = [*self.parameters, *map("argument {}".format, more)]
         pairs = [*zip(names, args, strict=False), *kwargs.items()]
         found: list[tuple[str, Any]] = []
         for name, x in pairs:
@@ -247,6 +240,7 @@ class JittedFunction:
         """
         fits = level == "summary" or not time
         expect(fits, f"explain: expected times of a summary; received {level!r}")
+        explain = import_module("needle.compiler.explain").explain  # with the whole compiler
         parts = [f"{self.name}: {len(self.made)} variants"]
         for number, variant in enumerate(self.kept()):
             parts.append(f"variant {number}, {variant.reason}")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from needle import autograd
 from needle.autograd import MODE, Op, Tensor, TensorTuple, Value, parts_below, spec_of
-from needle.capture.structure import rebuild, walk
+from needle.capture.structure import replace_tensors, tensors_in
 from needle.errors import expect
 from needle.ops.movement import After
 from needle.ops.tuples import Together, make_tuple, tuple_get_item
@@ -85,25 +85,21 @@ class Record:
 
     def order(self, outputs: Sequence[Value], counts: Callable[[Value], bool]) -> list[Any]:
         """What the outputs follow from, each after what it reads."""
-        found: list[Value] = []
-        visited: set[Value] = set()
         nothing: Any = (None, ())
-        for y in outputs:
-            autograd.visit(
-                y, visited, found, lambda x: list(filter(counts, self.made.get(x, nothing)[1]))
-            )
-        return found
+        return autograd.post_order(
+            outputs, lambda x: list(filter(counts, self.made.get(x, nothing)[1]))
+        )
 
     def contract(self, found: Any) -> Any:
         """What the function returned, Tensors with history as items of one node."""
-        leaves = dict.fromkeys(x for _, x in walk(found, "") if isinstance(x, Tensor))
+        leaves = dict.fromkeys(tensors_in(found))
         outputs = tuple([x for x in leaves if x in self.made and x.requires_grad])
         if not outputs:
             return found
         segment, inputs = self.segment(outputs)
         node = combine(Recomputed(segment), inputs, outputs)
         items = {y: tuple_get_item(node, number) for number, y in enumerate(outputs)}
-        return rebuild(found, lambda x: items.get(x, x) if isinstance(x, Tensor) else x)
+        return replace_tensors(found, lambda x: items.get(x, x))
 
 
 def combine(op: Op, inputs: tuple[Value, ...], outputs: tuple[Tensor, ...]) -> TensorTuple:

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from needle import autograd
-from needle.autograd import MODE, Tensor, TensorTuple, spec_of
+from needle.autograd import MODE, Hooks, Tensor, TensorTuple, Value, spec_of
 from needle.backend.device import Device
 from needle.capture.structure import rebuild, walk
 from needle.capture.trace import Trace
 from needle.errors import expect
 from needle.init.random import Generator, drawing
-from needle.nn.module import Module
+from needle.nn.module import Module, running_path
 from needle.ops import concatenate, reshape
 from needle.ops.composite import placeholder
-from needle.ops.scan import loop, segment_of
+from needle.ops.scan import ORIGINS, Origin, loop, segment_of
+from needle.site import current_site
 
 
 class BodyTrace(Trace):
@@ -32,6 +33,12 @@ class BodyTrace(Trace):
         super().__init__(name, self.source)
         self.outer = MODE.trace
         self.own: Generator | None = None
+        self.origins: dict[Value, Origin] = {}  # while somebody watches
+
+    def note(self, value: Value, inputs: Sequence[Value]) -> tuple[Value, ...]:
+        if Hooks.create is not None:
+            self.origins[value] = origin_of(value)
+        return super().note(value, inputs)
 
     def source(self, device: Device) -> Generator:
         """Where draws outside of the body come from, else a generator seeded by a draw of
@@ -54,6 +61,14 @@ class BodyTrace(Trace):
                 self.refuse("a TensorTuple from outside is read", "read its items before")
             return ()
         return x.operands
+
+
+def origin_of(value: Value) -> Origin:
+    """Where a value is made; the origins of a Scan's steps are noted."""
+    found = MODE.origin or Origin()
+    if found.inside:
+        ORIGINS[value] = found.inside
+    return found if found.is_known else Origin(current_site(running_path()), found.inside)
 
 
 class Body:
@@ -79,7 +94,8 @@ class Body:
         trace.restore_gradients()
         count = len(tensors("carry", carry))
         inputs[count:count] = self.state
-        self.segment, self.captured = segment_of(outputs, inputs, trace.read)
+        self.segment, self.captured, made = segment_of(outputs, inputs, trace.read)
+        self.origins = [trace.origins.get(x, Origin()) for x in made] if trace.origins else []
         for each in self.state:
             wrong = f"received {name}, which sets data of a Tensor that requires a gradient"
             expect(not each.requires_grad, f"scan: expected carries to be returned; {wrong}")
@@ -180,7 +196,8 @@ def turn(
     element = mapped(xs, lambda x: stand_in(x, x.shape[1:], x.requires_grad and MODE.grad))
     traced = Body(body, init, carry, element)
     begin = [*tensors("init", init), *(x.detach() for x in traced.state)]
-    found = loop(traced.segment, begin, tensors("xs", xs), traced.captured, length, reverse, save)
+    inputs = begin, tensors("xs", xs), traced.captured
+    found = loop(traced.segment, *inputs, length, reverse, save, traced.origins)
     results = iter(found)
     last = mapped(init, lambda _: next(results))
     for x in traced.state:

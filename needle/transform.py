@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from needle import autograd
 from needle.autograd import MODE, Tensor, add_partials, inputs_with_gradient, parts_below
-from needle.capture.structure import rebuild, walk
+from needle.capture.structure import rebuild, replace_tensors, tensors_in, walk
 from needle.dtype import FLOATS
 from needle.errors import expect
 from needle.init import ones_like, zeros_like
@@ -57,11 +57,8 @@ class Point:
 
     def depends_on_others(self) -> bool:
         """Whether something but the fresh leaves, which requires a gradient, is below the value."""
-        order: list[Any] = []
-        visited: set[Any] = set()
-        for y in tensors_in((self.value, self.aux)):
-            if y.requires_grad:
-                autograd.visit(y, visited, order, self.below)
+        roots = [y for y in tensors_in((self.value, self.aux)) if y.requires_grad]
+        order = autograd.post_order(roots, self.below)
         return any(x not in SPENT and not self.below(x) for x in order)
 
     def below(self, x: Any) -> Sequence[Any]:
@@ -101,14 +98,6 @@ def parameters_of(x: Any) -> Any:
     if not isinstance(x, Module):
         return x
     return {name: each for name, each in x.named_parameters() if each.requires_grad}
-
-
-def tensors_in(x: Any) -> list[Any]:
-    return [leaf for _, leaf in walk(x, "") if isinstance(leaf, Tensor)]
-
-
-def replace_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
-    return rebuild(x, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def kind_of(x: Any) -> str:

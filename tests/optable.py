@@ -1048,6 +1048,18 @@ INDEX = [
         (Input(values=np.array([3, 0, 2])),),
     ),
     Row(
+        "Checked, ignored",
+        lambda i: Checked("labels", 4, False, -7)(i),
+        lambda i: i,
+        (Input(values=np.array([3, -7, 2])),),
+    ),
+    Row(
+        "Checked, from the end",
+        lambda i: Checked("labels", 4, True, 9)(i),
+        lambda i: np.array([3, 9, 0, 3]),
+        (Input(values=np.array([3, 9, -4, -1])),),
+    ),
+    Row(
         "one_hot",
         lambda i: ops.one_hot(i, 4, "float64"),
         lambda i: np.array([[float(j == k) for k in range(4)] for j in i]),

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,174 @@ def test_a_huge_weight_gives_eagers_message(name: str) -> None:
             messages.append(str(caught.value).split(";")[0])  # random numbers differ
         parameter.data = before
         assert messages[0] == messages[1], path
+
+
+# Inside of a scan
+
+
+def scanned(x: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    """Sums of roots and logarithms: NaN where x is below 0, in the gradient where x is 0."""
+
+    def body(carry: Any, element: Tensor) -> Any:
+        total, count = carry
+        root = ndl.sqrt(element)  # guilty in its turn
+        total = total * scale + ndl.log(element + 1.0)
+        return (total, count + 1.0), root * 0.0 + ndl.exp(total * 0.0)
+
+    begin = ndl.zeros(*x.shape[1:]), ndl.zeros(1)
+    (total, _), y = ndl.scan(body, begin, x, **options)
+    return (total + y.sum((0,))).sum()
+
+
+SCANS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "checkpoints": {"checkpoint_every": 2},
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "lazy", "jit"])
+@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ops_of_a_scans_body_are_named(direction: str, name: str, mode: str) -> None:
+    values = np.ones((7, 3), np.float32)
+    values[4, 1] = 0.0 if direction == "backward" else -0.5
+    x, scale = Tensor(values), Tensor(np.full(3, 0.5, np.float32))
+
+    def step(one: Tensor) -> Tensor:
+        loss = scanned(x * one, scale, **SCANS[name])
+        loss.backward()
+        return loss.detach()
+
+    def run() -> None:
+        (ndl.jit(step) if mode == "jit" else step)(Tensor(1.0))
+        x.grad.numpy()
+
+    lazily = ndl.lazy() if mode == "lazy" else nullcontext()
+    with pytest.raises(AnomalyError) as caught, detect_anomaly(direction == "forward"), lazily:
+        run()
+    message = str(caught.value)
+    place = f"{__file__}:{line_of('# guilty in its turn')} `"
+    turns = "in turn 2 of 3, in turn 0 of 2;" if name == "checkpoints" else "in turn 4 of 7;"
+    assert f", {turns} its inputs: float32[3] from" in message
+    if direction == "forward":
+        assert message.startswith(f"sqrt made NaN at {place}")
+        assert message.endswith("from -0.5 to 1")
+    else:
+        assert message.startswith(f"divide made NaN in the gradient of sqrt computed at {place}")
+
+
+def test_what_a_scans_body_makes_and_throws_away_counts() -> None:
+    """As outside of a scan: the results hold no NaN."""
+
+    def last(x: Tensor) -> Tensor:
+        def body(carry: Tensor, element: Tensor) -> Any:
+            inverse = ndl.log(element)  # thrown away
+            return carry + ndl.where(element > 0.0, inverse, 0.0), None
+
+        return ndl.scan(body, ndl.zeros(2), x)[0]
+
+    x = Tensor([[1.0, 2.0], [1.0, -1.0]], requires_grad=False)
+    for run in (last, ndl.jit(last)):
+        assert np.isfinite(run(x).numpy()).all()
+        with pytest.raises(AnomalyError, match="log made NaN.*# thrown away.*turn 1 of 2"):
+            with detect_anomaly():
+                run(x)
+
+
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_data_with_nan_is_named_where_a_body_reads_it(mode: str) -> None:
+    x = Tensor([[1.0], [np.nan], [1.0]], requires_grad=False)
+    run = (lambda x: scanned(x, ndl.ones(1))) if mode == "eager" else scanned_by_one
+    with detect_anomaly():
+        for _ in range(2):  # the first error leaves nothing behind
+            with pytest.raises(AnomalyError, match=r"_scalar read NaN.*, in turn 1 of 3$"):
+                run(x)
+
+
+@ndl.jit
+def scanned_by_one(x: Tensor) -> Tensor:
+    return scanned(x, ndl.ones(1))
+
+
+def test_a_body_that_begins_with_infinity_and_finds_none() -> None:
+    def largest(x: Tensor) -> Tensor:
+        begin = Tensor(np.full(2, -np.inf, np.float32), requires_grad=False)
+        return ndl.scan(lambda m, e: (ndl.maximum(m, e), m), begin, x)[0]
+
+    x = Tensor([[1.0, 2.0], [3.0, -1.0]], requires_grad=False)
+    with detect_anomaly():
+        np.testing.assert_array_equal(largest(x).numpy(), [3, 2])
+        np.testing.assert_array_equal(ndl.jit(largest)(x).numpy(), [3, 2])
+
+
+def test_what_leaves_a_scans_body_is_named_by_its_line() -> None:
+    """A step that is the same in all turns runs before them."""
+    w = Tensor([2.0, -2.0])
+
+    def grown(x: Tensor) -> Tensor:
+        def body(carry: Tensor, element: Tensor) -> Any:
+            return carry * ndl.sqrt(w) + element, None  # the same in all turns
+
+        return ndl.scan(body, ndl.zeros(2), x)[0]
+
+    for run in (grown, ndl.jit(grown)):
+        with pytest.raises(AnomalyError) as caught, detect_anomaly():
+            run(ndl.ones(3, 2))
+        place = f"sqrt made NaN at {__file__}:{line_of('# the same in all turns')} "
+        assert str(caught.value).startswith(place)
+
+
+def test_second_derivatives_of_a_scan_are_named() -> None:
+    x = Tensor([[1.0], [1e-20], [1.0]])  # x ** -2 is beyond float32
+
+    def logarithms(x: Tensor) -> Tensor:
+        def body(carry: Tensor, element: Tensor) -> Any:
+            return carry + ndl.log(element), None  # differentiated twice
+
+        return ndl.scan(body, ndl.zeros(1), x)[0].sum()
+
+    slope = ndl.grad(logarithms)
+    with detect_anomaly():
+        slope(x)
+        with pytest.raises(AnomalyError, match="made infinity in the gradient of ") as caught:
+            ndl.grad(lambda x: slope(x).sum())(x)
+    line = line_of("# differentiated twice")
+    place = f"computed in the gradient of log computed at {__file__}:{line} "
+    assert place in str(caught.value)
+    assert ", in turn 1 of 3; its inputs" in str(caught.value)
+
+
+class FirstOf(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]  # the recurrent layer
+
+
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_named_with_turn_and_path(kind: Any, mode: str) -> None:
+    """NaN in a weight is read in the first turn; a huge one makes an infinity in a later one."""
+    np.random.seed(0)
+    model = nn.Sequential(FirstOf(kind(3, 4)))
+    weight = next(p for path, p in model.named_parameters() if path.endswith("W_hh"))
+
+    def step(x: Tensor) -> Tensor:
+        loss = (model(x) ** 2).mean()
+        loss.backward()
+        return loss.detach()
+
+    run = ndl.jit(step) if mode == "jit" else step
+    x = Tensor(np.full((5, 2, 3), 2.0, np.float32), requires_grad=False)
+    cases = {"read NaN from its input 1": (np.nan, "0"), "made infinity": (3.3e38, "[12]")}
+    for words, (value, turn) in list(cases.items())[: 1 if kind is nn.GRU else 2]:
+        weight.data = Tensor(np.full(weight.shape, value, np.float32))
+        with pytest.raises(AnomalyError, match=f"matmul {words}") as caught, detect_anomaly():
+            run(x)
+        assert re.search(rf"\(in 0\.layer\), in turn {turn} of 5", str(caught.value))
+        assert f"{__file__}:{line_of('# the recurrent layer')}" in str(caught.value)
 
 
 # What an error leaves behind
@@ -309,6 +478,29 @@ def test_the_gradient_is_replayed_from_what_the_call_read() -> None:
     with pytest.raises(AnomalyError, match="made NaN in the gradient of jit"):
         with detect_anomaly(infinities=False):
             y.backward()
+
+
+def test_the_gradient_is_replayed_in_the_precision_of_the_call() -> None:
+    found = []
+
+    @ndl.jit
+    def product(x: Tensor) -> Tensor:
+        found.append(ndl.get_matmul_precision())
+        return ndl.sqrt(x @ x).sum()  # the product
+
+    x = Tensor(np.zeros((2, 2), np.float32))
+    try:
+        ndl.set_matmul_precision("medium")
+        with detect_anomaly() as watch:
+            y = product(x)
+            ndl.set_matmul_precision("highest")
+            with pytest.raises(AnomalyError, match="in the gradient of sqrt.*# the product"):
+                y.backward()
+        assert watch.replays == 1
+        assert found == ["medium", "medium"]  # traced and replayed
+        assert ndl.get_matmul_precision() == "highest"
+    finally:
+        ndl.set_matmul_precision("highest")
 
 
 class Broken(ndl.TensorOp):
@@ -496,6 +688,29 @@ def test_conversions_out_of_range_are_no_anomaly(target: str) -> None:
         found = jitted(x)
     assert watch.replays == 0
     np.testing.assert_array_equal(found.numpy(), x.astype(target).numpy())
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+@pytest.mark.parametrize("target", ["bfloat16", "float16"])
+def test_roundings_to_infinity_raise_a_flag_from_the_first_number_on(
+    target: str, source: str
+) -> None:
+    """Of the float32 numbers those from the limit on, half a unit beyond the largest number."""
+    limit = np.float32(2.0**128 - 2.0**119 if target == "bfloat16" else 65520)
+    below, beyond = (np.nextafter(limit, np.float32(x)) for x in (0, np.inf))
+    jitted = ndl.jit(lambda x: x.astype(target) + 1.0)
+    for size in (1, 16, 37):
+        for value in (below, -below, limit, -limit, beyond, np.float32(1e-42)):
+            x = np.linspace(0.5, 2, size).astype(source)
+            x[size // 2] = value
+            given = Tensor(x, requires_grad=False)
+            with detect_anomaly() as watch:
+                if abs(value) < limit:
+                    assert np.isfinite(jitted(given).numpy().astype(np.float32)).all()
+                    assert watch.replays == 0
+                else:
+                    with pytest.raises(AnomalyError, match="^cast made infinity"):
+                        jitted(given)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -115,6 +115,67 @@ class Counting(ndl.TensorOp):
         return y
 
 
+class Remembering(nn.Module):
+    """A loop whose body has an op that is not the same twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def body(carry: Tensor, element: Tensor) -> Any:
+            carry = carry * 0.5 + Counting()(element)  # remembers
+            return carry, ndl.tanh(carry)
+
+        return ndl.scan(body, ndl.zeros(4), x)[1]
+
+
+@pytest.mark.parametrize("b", ["lazy", "jit", ndl.cpu_numpy()], ids=str)
+def test_an_op_in_a_scans_body_is_found(b: Any) -> None:
+    model, x = nn.Sequential(Remembering()), tensor(5, 4)
+    found = compare(lambda x: model(x).sum(), x, b=b)
+    assert found.first is not None
+    assert (found.first.op, found.first.place) == ("counting in turn 0 of 5", (1,))
+    assert (found.first.site.line, found.first.site.path) == (line_of("# remembers"), "0")
+
+
+@pytest.mark.parametrize("b", ["lazy", "jit", ndl.cpu_numpy()], ids=str)
+def test_steps_of_recurrent_layers_are_the_same(b: Any) -> None:
+    np.random.seed(0)
+    model = nn.LSTM(3, 4)
+    optimizer = optim.Adam(model.parameters())
+
+    def step(x: Tensor) -> Tensor:
+        loss = (model(x)[0] ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    counts = [compare(step, tensor(length, 2, 3), b=b) for length in (3, 4, 16, 40)]
+    assert all(counts), counts
+    turn = counts[1].ops - counts[0].ops
+    assert turn > 20  # ops of a turn, forward and backward
+    assert counts[2].ops == counts[3].ops == counts[0].ops + 13 * turn
+
+
+def test_a_planted_fault_in_the_gradient_of_a_body_is_found(monkeypatch) -> None:
+    """cos, of sin's gradient, is off in programs only."""
+    right = lower.ELEMENTWISE[ops.Cos]
+    weight, x = Tensor(np.ones(4, np.float32)), tensor(3, 4)
+
+    def slope(x: Tensor) -> Any:
+        def body(carry: Tensor, element: Tensor) -> Any:
+            return ndl.sin(carry * weight + element), None  # a sine
+
+        loss = ndl.scan(body, ndl.zeros(4), x)[0].sum()
+        loss.backward()
+        return weight.grad
+
+    compare(slope, x)  # eager's kernels are there
+    monkeypatch.setitem(lower.ELEMENTWISE, ops.Cos, lambda op, x: right(op, x) * (1.0 + 2.0**-20))
+    monkeypatch.setenv("NEEDLE_CACHE_DIR", "off")
+    found = compare(slope, x)
+    assert found.first is not None
+    assert found.first.op == "cos in turn 2 of 3"
+    assert f"in the gradient of sin computed at {__file__}:{line_of('# a sine')}" in str(found)
+
+
 @pytest.mark.parametrize("b", ["lazy", "jit", ndl.cpu_numpy()], ids=str)
 def test_an_op_that_remembers_is_found(b: Any) -> None:
     x = tensor(4)

@@ -331,3 +331,89 @@ def test_functions_and_modules_are_the_same() -> None:
     assert functional.huber_loss(x, y, 0.5).item() == nn.HuberLoss(0.5)(x, y).item()
     labels = labels_of(4, classes=3)
     assert functional.cross_entropy(x, labels).item() == nn.SoftmaxLoss()(x, labels).item()
+
+
+# Labels out of range, in every mode
+
+LABELLED: dict[str, Callable[[ndl.Tensor, ndl.Tensor], ndl.Tensor]] = {
+    **{
+        f"cross_entropy, {reduction}": lambda x, y, reduction=reduction: ndl.cross_entropy(
+            x, y, reduction=reduction
+        )
+        for reduction in REDUCTIONS
+    },
+    "cross_entropy, smoothed": lambda x, y: ndl.cross_entropy(x, y, label_smoothing=0.1),
+    "cross_entropy, weighted": lambda x, y: ndl.cross_entropy(x, y, ndl.ones(5)),
+    "nll_loss": lambda x, y: ndl.nll_loss(x, y),
+    "one_hot": lambda x, y: ndl.one_hot(y, 5) * x,
+}
+
+
+def outcome(mode: str, function: Callable[..., ndl.Tensor], *args: ndl.Tensor) -> Any:
+    """The bits, or the error's type and words."""
+    try:
+        if mode == "lazy":
+            with ndl.lazy():
+                return function(*args).numpy().tobytes()
+        return (ndl.jit(function) if mode == "jit" else function)(*args).numpy().tobytes()
+    except (ValueError, IndexError) as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_out_of_range_are_refused_alike_in_every_mode(name: str) -> None:
+    kind, who = (IndexError if name == "one_hot" else ValueError), name.split(",")[0]
+    x = ndl.Tensor(np.random.default_rng(0).standard_normal((37, 5)), dtype="float32")
+    right = np.arange(37) % 5
+    for bad in (None, 5, -1, -100, 2**40):
+        labels = right.copy()
+        if bad is not None:
+            labels[33] = bad
+        y = ndl.Tensor(labels)
+        found = [outcome(mode, LABELLED[name], x, y) for mode in ("eager", "lazy", "jit")]
+        assert found[0] == found[1] == found[2]
+        if bad is None or bad == -100 and name != "one_hot":
+            assert isinstance(found[0], bytes)
+        else:
+            assert found[0] == (kind, f"{who}: expected labels from 0 to 4; received {bad}")
+
+
+@pytest.mark.parametrize("device", [ndl.cpu(), ndl.cpu_numpy()])
+def test_labels_of_images_are_checked_and_ignored(device: Any) -> None:
+    x = ndl.ones(2, 3, 4, 5, device=device)
+    labels = np.full((2, 4, 5), 255)
+    labels[1, 2, 3] = 2
+    jitted = ndl.jit(lambda x, y: ndl.cross_entropy(x, y, ignore_index=255))
+    assert jitted(x, ndl.Tensor(labels, device=device)).item() == np.float32(math.log(3))
+    labels[1, 3, 4] = 3
+    with pytest.raises(ValueError, match="expected labels from 0 to 2; received 3"):
+        jitted(x, ndl.Tensor(labels, device=device))
+
+
+def test_a_step_that_is_refused_for_its_labels_changes_nothing() -> None:
+    def trained(batches: list[np.ndarray]) -> list[bytes]:
+        np.random.seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        optimizer = ndl.optim.Adam(model.parameters(), 0.1)
+        x = ndl.Tensor(np.random.default_rng(1).standard_normal((9, 6)), dtype="float32")
+
+        @ndl.jit
+        def step(y: ndl.Tensor) -> ndl.Tensor:
+            loss = ndl.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        for labels in batches:
+            if labels.max() > 2:
+                with pytest.raises(ValueError, match="cross_entropy: .* from 0 to 2; received 3"):
+                    step(ndl.Tensor(labels))
+            else:
+                step(ndl.Tensor(labels))
+        state = {**model.state_dict(), **optimizer.state_dict()}
+        return [x.numpy().tobytes() for x in state.values() if isinstance(x, ndl.Tensor)]
+
+    good, bad = np.arange(9) % 3, np.arange(9) % 4
+    expected = trained([good, good, good])
+    assert trained([good, bad, good, bad, good]) == expected
+    assert trained([good, good]) != expected

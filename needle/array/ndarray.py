@@ -148,12 +148,9 @@ class NDArray:
     def strides(self) -> tuple[int, ...]:
         """The distance between neighbours along each axis, in elements; along axes of one element
         too, of which forms know nothing."""
-        size = self.dtype.itemsize
-        return (
-            tuple([step // size for step in self.view.strides])
-            if self.size
-            else (self.form.strides)
-        )
+        if not self.size:
+            return self.form.strides
+        return tuple([step // self.dtype.itemsize for step in self.view.strides])
 
     @property
     def dtype(self) -> DType:

@@ -48,12 +48,8 @@ class Adjoint:
         """The gradients as nodes of the graph above inputs and out_grads."""
         known: dict[Value, Any] = dict(zip(self.inputs, inputs, strict=True))
         known |= zip(self.out_grads, out_grads, strict=True)
-        order: list[Any] = []
-        visited = set(known)
-        for root in self.grads:
-            if root is not None:
-                autograd.visit(root, visited, order, pending_inputs)
-        for node in order:
+        roots = [x for x in self.grads if x is not None]
+        for node in autograd.post_order(roots, autograd.pending_inputs, known):
             if node.cached_data is None:
                 sources = [known[x] for x in node.operands]
                 op = MakeTensorTuple() if isinstance(node.op, Together) else node.op
@@ -61,11 +57,6 @@ class Adjoint:
             else:
                 known[node] = node
         return [None if x is None else known[x] for x in self.grads]
-
-
-def pending_inputs(x: Any) -> Sequence[Any]:
-    """What a node that is not computed reads."""
-    return x.operands or () if x.cached_data is None else ()
 
 
 def gradients(

@@ -186,10 +186,8 @@ class Watch:
 
     def holds(self) -> bool:
         try:
-            return (
-                list(map(getitem, self.containers, self.keys)) == self.held
-                and list(map(len, self.sized)) == self.lengths
-            )
+            same = list(map(getitem, self.containers, self.keys)) == self.held
+            return same and list(map(len, self.sized)) == self.lengths
         except (LookupError, ValueError):  # gone; or arrays were compared
             return False
 

@@ -20,9 +20,10 @@ from needle.array.ndarray import NDArray
 from needle.autograd import MODE, Hooks, Tensor
 from needle.capture.gradient import Adjoint
 from needle.capture.holders import Snapshot, entries
-from needle.capture.structure import Call, walk
+from needle.capture.structure import Call, tensors_in
 from needle.capture.variant import DATA, Variant
 from needle.init.random import Source
+from needle.ops.contract import Precision
 from needle.ops.tuples import make_tuple
 
 SMALL = 4096  # elements of a result that is looked at
@@ -30,7 +31,8 @@ FIELDS = attrgetter("cached_data", "_grad", "requires_grad", "op", "inputs")
 
 
 class State:
-    """Tensors, what Modules and Optimizers hold, and random generators: to be set back."""
+    """Tensors, what Modules and Optimizers hold, random generators and the precision of
+    contractions: to be set back."""
 
     def __init__(self, tensors: Iterable[Any]) -> None:
         self.snapshot = Snapshot()
@@ -38,13 +40,14 @@ class State:
         found = [*tensors, *(x for x in items if isinstance(x, Tensor))]
         found += [] if Source.generator is None else [Source.generator.state]
         self.tensors = [(x, FIELDS(x)) for x in dict.fromkeys(found)]
-        self.numpy = np.random.get_state()
+        self.numpy, self.dot = np.random.get_state(), Precision.dot
 
     def restore(self) -> None:
         self.snapshot.restore()
         for x, before in self.tensors:
             x.cached_data, x._grad, x.requires_grad, x.op, x.inputs = before
         np.random.set_state(self.numpy)
+        Precision.dot = self.dot
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -64,7 +67,7 @@ class Replay:
         self.settings = {"draw_from": draw_from, "autocast": MODE.autocast, "lazy": False}
         self.inputs = [call.tensors[number] for number in variant.arguments]
         self.inputs += variant.captured() or []
-        self.arrays = list(map(DATA, self.inputs))
+        self.arrays, self.dot = list(map(DATA, self.inputs)), Precision.dot
 
     def state(self) -> State:
         """All that running it again may change."""
@@ -73,7 +76,7 @@ class Replay:
 
     def rewind(self) -> None:
         """Let the function find what the call found; history from before it is not followed."""
-        variant = self.variant
+        variant, Precision.dot = self.variant, self.dot
         for x, array in zip(self.inputs, self.arrays, strict=True):
             x.cached_data, x.op, x.inputs = array, None, ()
         held = iter(self.inputs[len(variant.arguments) + len(variant.direct) :])
@@ -86,8 +89,7 @@ class Replay:
         """The Tensors that the function returns, computed op by op."""
         self.rewind()
         with autograd.mode(**self.settings, backward_of=None):
-            found = [x for _, x in walk(self.function(*self.args, **self.kwargs), "")]
-            tensors = [x for x in found if isinstance(x, Tensor)]
+            tensors = tensors_in(self.function(*self.args, **self.kwargs))
             for x in tensors:
                 x.realize_cached_data()
         return tensors

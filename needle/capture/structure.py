@@ -67,6 +67,16 @@ def rebuild(x: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(x)
 
 
+def tensors_in(x: Any) -> list[Any]:
+    """The Tensors of a structure."""
+    return [leaf for _, leaf in walk(x, "") if isinstance(leaf, Tensor)]
+
+
+def replace_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The structure with function(each) in the place of each Tensor."""
+    return rebuild(x, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
 class Call:
     """The arguments of one call: Tensors, their arrays (compact), and the key that says which
     program fits them."""

@@ -83,9 +83,10 @@ class Variant:
     def read(self, call: Call, is_new: bool = False) -> list[NDArray] | None:
         """The program's inputs; None where something is not as it was when it was traced. Of a
         variant that was traced for this very call, attributes may be: as the function set them."""
-        pinned = self.pins or not self.aliases.isdisjoint(call.tensors)
-        if pinned and not self.is_pinned(call.tensors):
-            return None
+        if self.pins or not self.aliases.isdisjoint(call.tensors):
+            known = {number: x for number, x in enumerate(call.tensors) if x in self.aliases}
+            if known != self.pins:  # other arguments than at the trace are known from outside
+                return None
         if self.generator is not ANY and Source.generator is not self.generator:
             return None
         if not is_new:
@@ -101,11 +102,6 @@ class Variant:
                 return None
         given = call.arrays
         return [given[number] for number in self.arguments] + arrays
-
-    def is_pinned(self, tensors: list[Tensor]) -> bool:
-        """Whether the arguments known from outside are those of the trace."""
-        found = {number: x for number, x in enumerate(tensors) if x in self.aliases}
-        return found == self.pins
 
     def captured(self) -> list[Any] | None:
         """The tensors from outside that are read now."""

@@ -3,6 +3,5 @@
 Start at graph.py; compile.py lists the passes.
 """
 
-OFF: set[str] = (
-    set()
-)  # passes that tests switch off: simplify, fuse, reuse. No bit depends on them.
+# Passes that tests switch off: simplify, fuse, reuse. No bit depends on them.
+OFF: set[str] = set()

@@ -72,7 +72,7 @@ def lower(
     source: Graph,
     donated: Mapping[int, int] | None = None,
     strides: Mapping[Node, Sequence[int]] | None = None,
-    checks: list[tuple[str, int]] | None = None,
+    checks: list[nests.Failure] | None = None,
 ) -> Lowered:
     """All passes over a graph. donated: output -> input whose memory it may take; strides: those of
     inputs that are not compact; checks: of the program around, for the body of a loop."""
@@ -134,7 +134,7 @@ class Recipe:
     outputs: list[tuple[list[int], str]]  # shape and dtype
     in_place: dict[int, int]  # output -> input
     arena: int  # bytes
-    checks: list[tuple[str, int]]
+    checks: list[nests.Failure]
     cores: list[tuple[str, int, bool, bool]]  # what contractions call: the fields of Core
     tables: list[tuple[Any, int]]  # of windows: the fields of Table
 
@@ -360,7 +360,7 @@ class Program:
         """The outputs for inputs of the specs that the program was made for, compact ones.
 
         reuse: for each output that may take an input's place, whether it shall, now.
-        IndexError, with nothing overwritten, where an index is out of range.
+        IndexError or ValueError, with nothing overwritten, where a check fails.
         """
         given = [arrays[number] for number in self.recipe.in_place.values()] if any(reuse) else ()
         outputs = self.outputs(given, reuse)
@@ -405,8 +405,9 @@ class Program:
         return [empty(form) if x is None else x for x, form in zip(found, self.forms, strict=True)]
 
     def refuse(self, number: int, index: int) -> None:
-        text, shift = self.recipe.checks[number]
-        raise IndexError(f"{text}; received {index + shift if index < 0 else index}")
+        text, shift, is_value = self.recipe.checks[number]
+        error = ValueError if is_value else IndexError
+        raise error(f"{text}; received {index + shift if index < 0 else index}")
 
 
 UINT8: DType = np.dtype(np.uint8)
@@ -516,7 +517,7 @@ def make_program(lowered: Lowered, donated: Mapping[int, int] | None = None) -> 
 def eager_plan(op: Op, forms: Sequence[Form]) -> Program | None:
     """The program of one op on operands of given forms; None for an op that the host computes."""
     builder = Builder()
-    nodes = [builder.leaf(Input(number), form.spec) for number, form in enumerate(forms)]
+    nodes = [Node(Input(number), (), form.spec) for number, form in enumerate(forms)]
     found = graph.apply(builder, op, nodes, None)
     outputs = list(found) if isinstance(found, tuple) else [found]
     source = Graph(nodes, outputs)

@@ -191,8 +191,10 @@ def describe_nest(nest: AnyNest, time: str = "") -> Iterator[str]:
     """Ops and where they were written, sizes, parallel units, bytes and flops."""
     read, written = (sum(map(nbytes, each)) for each in (nest.reads(), nest.writes()))
     size = f"{format_bytes(read)} read, {format_bytes(written)} written"
-    units = "" if isinstance(nest, (HostCall, Repeat)) else ", " + units_of(nest)
-    yield f"  {kind_of(nest)}{units}, {size}, {flops(nest):,} flops{time}"
+    kind = kind_of(nest)
+    if not isinstance(nest, (HostCall, Repeat)):
+        kind += ", " + number_of(passes.structure(nest).units, "parallel unit")
+    yield f"  {kind}, {size}, {flops(nest):,} flops{time}"
     names = [node.name for node in nest.ops if isinstance(node, Node)]
     yield f"    {', '.join(names)}"
     places = dict.fromkeys(node.place for node in nest.ops if isinstance(node, Node) and node.place)
@@ -209,10 +211,6 @@ def describe_body(nest: Repeat, times: Iterator[str]) -> Iterator[str]:
             lines = list(describe_nest(each, "" if is_loop else next(times)))
             lines += describe_body(each, times) if isinstance(each, Repeat) else []
             yield from (f"    {line}" for line in lines)
-
-
-def units_of(nest: AnyNest) -> str:
-    return number_of(passes.structure(nest).units, "parallel unit")
 
 
 def kind_of(nest: AnyNest) -> str:

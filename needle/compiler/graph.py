@@ -13,7 +13,7 @@ node means is its op's `compute` (interpret, below).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from needle import autograd
 from needle.array.spec import Spec
-from needle.autograd import Op, Value
+from needle.autograd import Op, Value, flattened, pending_inputs, post_order
 from needle.backend.numpy import compute
 from needle.compiler import OFF
 from needle.compiler.simplify import rewrite
@@ -118,7 +118,7 @@ class Graph:
     def __init__(self, inputs: Sequence[Node], outputs: Sequence[Node]) -> None:
         self.inputs = list(inputs)
         self.outputs = list(outputs)
-        self.nodes = sort(self.outputs)
+        self.nodes: list[Node] = post_order(self.outputs, lambda node: node.inputs)
 
     def __str__(self) -> str:
         names = {node: f"%{number}" for number, node in enumerate(self.nodes)}
@@ -137,24 +137,6 @@ def describe(node: Node) -> str:
         size = node.op.array.size
         return f"constant[{node.op.array.item()}]" if size == 1 else f"constant[{size} elements]"
     return repr(node.op)
-
-
-def sort(outputs: Iterable[Node]) -> list[Node]:
-    """All nodes below, each after its inputs; without recursion."""
-    order: dict[Node, None] = {}
-    entered: set[Node] = set()
-    stack = list(outputs)[::-1]
-    while stack:
-        node = stack[-1]
-        if node in order:
-            stack.pop()
-        elif node in entered:
-            order[node] = None
-            stack.pop()
-        else:
-            entered.add(node)
-            stack.extend(x for x in reversed(node.inputs) if x not in order)
-    return list(order)
 
 
 def nodes_of(graph: Graph) -> Iterator[Node]:
@@ -228,15 +210,12 @@ class Builder:
             known = self.known[key] = Node(op, inputs, spec, self.place)
         return known
 
-    def leaf(self, op: Input | Constant, spec: Spec) -> Node:
-        return Node(op, (), spec)
-
     def constant(self, array: np.ndarray) -> Node:
         """Small constants by value, so that equal ones are one node."""
         key = (array.tobytes(), array.shape, array.dtype) if array.size <= 16 else (id(array),)
         known = self.known.get(key)
         if known is None:
-            known = self.leaf(Constant(array), Spec(array.shape, array.dtype))
+            known = Node(Constant(array), (), Spec(array.shape, array.dtype))
             self.known[key] = known
         return known
 
@@ -253,37 +232,25 @@ def trace(
     nodes = []
     for number, x in enumerate(inputs):
         spec = autograd.spec_of(x) if isinstance(x, Value) else x.spec
-        nodes.append(builder.leaf(Input(number), spec))
+        nodes.append(Node(Input(number), (), spec))
         found[id(x)] = nodes[-1]
     translate(builder, outputs, found, places or {})
     return Graph(nodes, [found[id(x)] for x in outputs])
-
-
-def below(value: Any) -> Sequence[Any]:
-    """What a Value that is not computed reads: Values, and arrays."""
-    if isinstance(value, Value) and value.cached_data is None and value.operands is not None:
-        return value.operands
-    return ()
 
 
 def translate(
     builder: Builder, outputs: Sequence[Any], found: dict[int, Any], places: Mapping[Value, str]
 ) -> None:
     """Add to `found` the node (or tuple of nodes) of every Value below the outputs, by its id."""
-    stack = list(outputs)
-    while stack:
-        value = stack[-1]
-        if id(value) in found:
-            stack.pop()
-            continue
-        waiting = [x for x in below(value) if id(x) not in found]
-        if waiting:
-            stack.extend(waiting)
-            continue
-        if isinstance(value, Value):
-            builder.place = places.get(value, builder.place)
-        found[id(value)] = as_node(builder, value, [found[id(x)] for x in below(value)])
-        stack.pop()
+
+    def reads(value: Any) -> Sequence[Any]:
+        return () if id(value) in found else pending_inputs(value)
+
+    for value in post_order(outputs, reads):
+        if id(value) not in found:
+            if isinstance(value, Value):
+                builder.place = places.get(value, builder.place)
+            found[id(value)] = as_node(builder, value, [found[id(x)] for x in reads(value)])
 
 
 def as_node(builder: Builder, value: Any, inputs: list[Any]) -> Any:
@@ -293,11 +260,7 @@ def as_node(builder: Builder, value: Any, inputs: list[Any]) -> Any:
         if type(data) is tuple:
             return tuple(builder.constant(each.view) for each in data)
         return builder.constant(data.view)
-    return apply(builder, value.op, flatten(inputs), value.spec)
-
-
-def flatten(inputs: Sequence[Any]) -> list[Node]:
-    return autograd.flattened(inputs)
+    return apply(builder, value.op, flattened(inputs), value.spec)
 
 
 def apply(builder: Builder, op: Any, inputs: list[Node], spec: Any) -> Any:
@@ -343,9 +306,9 @@ def repeat(builder: Builder, op: Scan, inputs: Sequence[Node]) -> tuple[Node, ..
     one array, of which y is a view."""
     specs, inside = op.inner([x.spec for x in inputs]), Builder()
     inside.place = builder.place
-    values: list[Any] = [inside.leaf(Input(n), x) for n, x in enumerate(specs[: len(inputs)])]
+    values: list[Any] = [Node(Input(n), (), x) for n, x in enumerate(specs[: len(inputs)])]
     for step, spec in zip(op.body.steps, specs[len(inputs) :], strict=True):
-        values.append(apply(inside, step.op, flatten([values[n] for n in step.sources]), spec))
+        values.append(apply(inside, step.op, flattened([values[n] for n in step.sources]), spec))
     leaves, found = values[: len(inputs)], [values[n] for n in op.body.outputs]
     after, ys = found[: op.carries], found[op.carries :]
     if not op.length:

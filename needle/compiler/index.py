@@ -84,27 +84,23 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Quotient:
+class Division:
+    """What an index that is divided leaves."""
+
+    index: Index
+    divisor: int
+
+    @property
+    def axes(self) -> frozenset[int]:
+        return self.index.axes
+
+
+class Quotient(Division):
     """index // divisor"""
 
-    index: Index
-    divisor: int
 
-    @property
-    def axes(self) -> frozenset[int]:
-        return self.index.axes
-
-
-@dataclass(frozen=True)
-class Residue:
+class Residue(Division):
     """index % divisor"""
-
-    index: Index
-    divisor: int
-
-    @property
-    def axes(self) -> frozenset[int]:
-        return self.index.axes
 
 
 def recombine(index: Index) -> Index:
@@ -174,7 +170,7 @@ def place_of(atom: Any, size: int) -> tuple[int, int] | None:
     """(w, m) of an atom that is a coordinate below size // w % m; None of any other."""
     if isinstance(atom, int):
         return 1, size
-    if not isinstance(atom, (Quotient, Residue)) or atom.index.constant:
+    if not isinstance(atom, Division) or atom.index.constant:
         return None
     terms = list(atom.index.terms.items())
     found = place_of(terms[0][0], size) if len(terms) == 1 and terms[0][1] == 1 else None
@@ -213,7 +209,7 @@ def substitute(index: Index, table: Mapping[int, Index], sizes: Sizes) -> Index:
     for atom, n in index.terms.items():
         if isinstance(atom, int):
             each = table[atom]
-        elif isinstance(atom, (Quotient, Residue)):
+        elif isinstance(atom, Division):
             parts = divide(substitute(atom.index, table, sizes), atom.divisor, sizes)
             each = parts[isinstance(atom, Residue)]
         else:

@@ -12,8 +12,8 @@ its first segment; a scatter's sums begin with +0.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -184,20 +184,15 @@ def odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Of float64: Boldo and Melquiond's algorithm (IEEE Trans. Computers 57(4), 2008) where nothing
-    can overflow or underflow on the way, else rational arithmetic."""
+    can overflow or underflow on the way, else the C library's."""
     product = a * b
     size = np.abs(product)
-    finite = np.isfinite(a) & np.isfinite(b)
-    plain = ~finite | ~np.isfinite(c) | (a == 0) | (b == 0)
     safe = (size > 2.0**-900) & (size < 2.0**990) & (np.abs(c) < 2.0**990)
     safe &= (np.abs(a) < 2.0**990) & (np.abs(b) < 2.0**990)
     high, low = two_sum(c, product_error(a, b, product))
     top, rest = two_sum(product, high)
-    sums = np.where(finite & np.isinf(c), c, product + c)  # finite products overflow to no infinity
-    found = np.where(plain, sums, top + odd_sum(rest, low))
-    for place in np.argwhere(~plain & ~safe):
-        at = tuple(place)
-        found[at] = rational_fma(a[at], b[at], c[at])
+    found = top + odd_sum(rest, low)
+    found[~safe] = C_FMA(a[~safe], b[~safe], c[~safe])
     return found
 
 
@@ -214,12 +209,9 @@ def halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return high, x - high
 
 
-def rational_fma(a: float, b: float, c: float) -> float:
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    try:
-        return float(exact)
-    except OverflowError:
-        return float("inf") if exact > 0 else -float("inf")
+LIBRARY: Any = ctypes.CDLL(None)
+LIBRARY.fma.restype, LIBRARY.fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
+C_FMA = np.frompyfunc(LIBRARY.fma, 3, 1)
 
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -93,10 +93,6 @@ def rounding(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
     return lambda op, x: function(x) if x.dtype in FLOATS else x
 
 
-def absolute_value(op: Any, x: Expr) -> Expr:
-    return x if x.dtype.kind == "u" else absolute(x)
-
-
 def safe_divisor(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """(the divisor with 0 and, where the quotient would overflow, -1 made 1; whether it was 0)."""
     zero = b.equals(0)
@@ -180,11 +176,6 @@ def extreme(name: str) -> Callable[..., Expr]:
     return lambda op, a, b: binary(logical if a.dtype == bool_ else name, a, b)
 
 
-def unary_math(name: str) -> Callable[..., Expr]:
-    function = math.MATH[name]
-    return lambda op, x: function(x)
-
-
 ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.EWiseAdd: add,
     Subtract: lambda op, a, b: a - b,
@@ -196,18 +187,13 @@ ELEMENTWISE: dict[type, Callable[..., Expr]] = {
     ops.EWisePow: power,
     ops.PowerScalar: power_scalar,
     ops.Negate: lambda op, x: literal(0, x.dtype) - x if x.dtype not in FLOATS else -x,
-    ops.Abs: absolute_value,
+    ops.Abs: lambda op, x: x if x.dtype.kind == "u" else absolute(x),
     ops.Sign: sign,
-    ops.Exp: unary_math("exp"),
-    ops.Expm1: unary_math("expm1"),
-    ops.Log: unary_math("log"),
-    ops.Log1p: unary_math("log1p"),
+    **dict.fromkeys(
+        (ops.Exp, ops.Expm1, ops.Log, ops.Log1p, ops.Rsqrt, ops.Sin, ops.Cos, ops.Tanh, ops.Erf),
+        lambda op, x: math.MATH[op.name](x),
+    ),
     ops.Sqrt: lambda op, x: sqrt(x),
-    ops.Rsqrt: unary_math("rsqrt"),
-    ops.Sin: unary_math("sin"),
-    ops.Cos: unary_math("cos"),
-    ops.Tanh: unary_math("tanh"),
-    ops.Erf: unary_math("erf"),
     ops.ReLU: relu,
     ops.Floor: rounding(floor),
     ops.Ceil: rounding(ceil),
@@ -333,17 +319,13 @@ def both(a: Expr | None, b: Expr | None) -> Expr | None:
     return b if a is None else a if b is None else a & b
 
 
-def is_axis(atom: Any) -> bool:
-    return isinstance(atom, int)
-
-
 def pad(op: Any, index: tuple[Index, ...], shapes: Any, sizes: Sizes) -> list[Source]:
     found, mask, shape = [], None, shapes[0]
     last = max((axis for axis, pair in enumerate(op.widths) if any(pair)), default=0)
     for axis, (i, n, (before, _)) in enumerate(zip(index, shape, op.widths, strict=True)):
         place, rest = i, 1
         # Of the whole rest, with which the axis can then be one, unless it has stayed apart.
-        apart = isinstance(sizes, Loops) and sizes.settled and all(map(is_axis, i.terms))
+        apart = isinstance(sizes, Loops) and sizes.settled and {*map(type, i.terms)} <= {int}
         if axis == last and not apart:
             place, rest = linearize(index[axis:], shape[axis:]), prod(shape[axis + 1 :])
         mask = both(mask, within(place, before * rest, (before + n) * rest, sizes))

@@ -75,6 +75,7 @@ from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
 SHORT = 8  # elements that are no row
+Failure = tuple[str, int, bool]  # of a check: words, what negatives lack, whether a ValueError
 
 
 class Layout:
@@ -82,13 +83,13 @@ class Layout:
 
     def __init__(
         self, fuser: Fuser, strides: Mapping[Node, Sequence[int]], lower: Callable[..., Any],
-        checks: list[tuple[str, int]],
+        checks: list[Failure],
     ) -> None:  # fmt: skip
         self.fuser = fuser
         self.strides = strides
         self.lower = lower  # all passes, for the bodies of loops
         self.buffers: dict[Node, Buffer] = {}
-        self.checks = checks  # what checks say, and what negatives lack
+        self.checks = checks
         self.waits: dict[AnyNest, list[AnyNest]] = {}  # nests that others come after
 
     def buffer(self, node: Node) -> Buffer:
@@ -184,9 +185,7 @@ class Evaluator:
         if kind is Gather:
             return self.gather(node, index, mask)
         if kind is Checked:
-            i = cast(self.value(node.inputs[0], index, mask), int64)
-            i = i if op.wraps else select(i < 0, i - op.size, i)
-            return self.checked(op.words, i, op.size, 0 if op.wraps else op.size)
+            return self.checked_value(op, cast(self.value(node.inputs[0], index, mask), int64))
         args = [self.value(x, index, mask) for x in node.inputs]
         return args[0] if kind is Piece else elementwise(op, node.spec.dtype, args)
 
@@ -215,11 +214,19 @@ class Evaluator:
             if 0 in self.loops:  # no element: what is computed before the loops reads none
                 found.append(fixed(0))
                 continue
-            found.append(Index(0, {self.checked(words(node.name, size), i, size): 1}))
+            found.append(Index(0, {self.checked((words(node.name, size), 0, False), i, size): 1}))
         return found
 
-    def checked(self, text: str, i: Expr, size: int, shift: int = 0) -> Expr:
-        self.layout.checks.append((text, shift))
+    def checked_value(self, op: Checked, x: Expr) -> Expr:
+        i = x if op.wraps else select(x < 0, x - op.size, x)
+        words = op.words, 0 if op.wraps else op.size, op.is_value
+        if op.ignored is None:
+            return self.checked(words, i, op.size)
+        passes = x.equals(op.ignored)
+        return select(passes, x, self.checked(words, select(passes, 0, i), op.size))
+
+    def checked(self, words: Failure, i: Expr, size: int) -> Expr:
+        self.layout.checks.append(words)
         return check(i, size, len(self.layout.checks) - 1)
 
     def gather(self, node: Node, index: Indices, mask: Expr | None) -> Expr:
@@ -531,7 +538,7 @@ WHOLE: dict[str, Callable[..., AnyNest]] = {"scatter": build_scatter, "repeat": 
 
 def build(
     fuser: Fuser, strides: Mapping[Node, Sequence[int]], lower: Callable[..., Any],
-    checks: list[tuple[str, int]],
+    checks: list[Failure],
 ) -> tuple[list[AnyNest], Layout]:  # fmt: skip
     """The nests of all groups, each after those it reads from. lower: all passes, for bodies of
     loops; checks: what run-time checks say, to be added to."""

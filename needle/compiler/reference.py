@@ -28,10 +28,7 @@ class ReferenceProgram:
         self.in_place = dict(in_place)
         self.size = len(inputs)
         slots = {x: number for number, x in enumerate(inputs)}
-        order: list[Any] = []
-        visited: set[Value] = set(inputs)
-        for output in outputs:
-            autograd.visit(output, visited, order, below)
+        order = autograd.post_order(outputs, autograd.pending_inputs, inputs)
         self.constants = [x.cached_data for x in order if x.cached_data is not None]
         order = sorted(order, key=lambda x: x.cached_data is None)  # stable: constants first
         slots |= {x: self.size + number for number, x in enumerate(order)}
@@ -69,11 +66,6 @@ class ReferenceProgram:
 
     def __repr__(self) -> str:
         return f"{len(self.steps)} ops, run one by one by the reference device"
-
-
-def below(value: Any) -> Sequence[Any]:
-    """What a node that is not computed reads."""
-    return value.operands if value.cached_data is None else ()
 
 
 def build(

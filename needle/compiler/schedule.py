@@ -50,6 +50,63 @@ def has_checks(nest: AnyNest) -> bool:
     return any(each.op == "check" for each in epilogue.expressions())
 
 
+class Levels:
+    """For every nest, how many barriers come before it, and who reads and writes each buffer."""
+
+    def __init__(
+        self, nests: Sequence[AnyNest], waits: Mapping[AnyNest, Sequence[AnyNest]]
+    ) -> None:
+        self.waits = waits
+        self.places = {nest: place for place, nest in enumerate(nests)}
+        self.readers: dict[Buffer, list[AnyNest]] = {}
+        self.writers: dict[Buffer, list[AnyNest]] = {}
+        self.of: dict[AnyNest, int] = {}
+        for nest in nests:
+            for buffer in nest.reads():
+                self.readers.setdefault(buffer, []).append(nest)
+            for buffer in nest.writes():
+                self.writers.setdefault(buffer, []).append(nest)
+        for nest in nests:
+            self.of[nest] = self.earliest(nest, waits.get(nest, []))
+
+    def earliest(self, nest: AnyNest, waits: Sequence[AnyNest]) -> int:
+        """The level after whatever writes what a nest reads, and what it waits for."""
+        writers = [x for buffer in nest.reads() for x in self.writers.get(buffer, [])]
+        before = [self.of[x] for x in (*writers, *waits) if x is not nest]
+        return max(before, default=-1) + 1
+
+    def others(self, source: Buffer, nest: AnyNest, checking: Sequence[AnyNest]) -> list[int]:
+        """The levels of what checks, and of what reads a buffer besides a nest."""
+        readers = [each for each in self.readers.get(source, []) if each is not nest]
+        return [self.of[each] for each in (*readers, *checking)]
+
+    def needed_by(self, nests: Sequence[AnyNest]) -> set[AnyNest]:
+        """Some nests, and all that come before them."""
+        found: set[AnyNest] = set()
+        stack = list(nests)
+        while stack:
+            nest = stack.pop()
+            if nest not in found:
+                found.add(nest)
+                stack += [x for buffer in nest.reads() for x in self.writers.get(buffer, [])]
+                stack += self.waits.get(nest, [])
+        return found
+
+    def lift(self, nest: AnyNest, least: int) -> None:
+        """Let a nest come no sooner than `least`, and what reads it after it."""
+        self.of[nest] = least
+        queue, queued = [(self.places[nest], nest)], {nest}
+        while queue:
+            _, writer = heappop(queue)  # in order, so that each is met once
+            readers = [x for b in writer.writes() for x in self.readers.get(b, [])]
+            for reader in dict.fromkeys(readers):
+                if reader is not writer and self.of[reader] <= self.of[writer]:
+                    self.of[reader] = self.of[writer] + 1
+                    if reader not in queued:
+                        queued.add(reader)
+                        heappush(queue, (self.places[reader], reader))
+
+
 def schedule(
     nests: Sequence[AnyNest],
     donated: Mapping[Buffer, Buffer],
@@ -57,87 +114,32 @@ def schedule(
 ) -> Schedule:
     """Nests as kernels; donated: output -> the input whose memory it may overwrite; waits: nest ->
     others that come before it, though it reads nothing of theirs."""
-    readers: dict[Buffer, list[AnyNest]] = {}
-    writers: dict[Buffer, list[AnyNest]] = {}
-    for nest in nests:
-        for buffer in nest.reads():
-            readers.setdefault(buffer, []).append(nest)
-        for buffer in nest.writes():
-            writers.setdefault(buffer, []).append(nest)
-    levels = assign_levels(nests, writers, waits)
-    places = {nest: place for place, nest in enumerate(nests)}
-    found = Schedule([])
-    last_check = max((levels[n] for n in nests if has_checks(n)), default=-1)
+    found, levels = Schedule([]), Levels(nests, waits)
+    checking = [nest for nest in nests if has_checks(nest)]
+    ahead = levels.needed_by(checking)
     for output, source in (donated if "reuse" not in OFF else {}).items():
-        nest = writers[output][0]
-        reason = why_not(nest, output, source, len(writers[output]))
-        before = [levels[each] for each in readers.get(source, []) if each is not nest]
-        least = max([*before, last_check], default=-1) + 1
-        if not reason and least > levels[nest] and output in readers:
+        nest = levels.writers[output][0]
+        reason = why_not(nest, output, source, len(levels.writers[output]))
+        least = max(levels.others(source, nest, checking), default=-1) + 1
+        if not reason and least > levels.of[nest] and output in levels.readers:
             reason = "it is read before the input was read for the last time"
+        if not reason and nest in ahead:
+            reason = "it is written before the last check"
         if reason:
             found.refused[output] = reason
             continue
         found.in_place[output] = source
-        if least > levels[nest]:
-            raise_level(nest, least, places, readers, levels)
-    found.in_place = {
-        o: i for o, i in found.in_place.items() if still(o, i, levels, readers, writers)
-    }
-    kernels: list[list[AnyNest]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
+        if least > levels.of[nest]:
+            levels.lift(nest, least)
+    for output, source in list(found.in_place.items()):  # what was lifted later may come after it
+        nest = levels.writers[output][0]
+        if any(each >= levels.of[nest] for each in levels.others(source, nest, checking)):
+            del found.in_place[output]
+    kernels: list[list[AnyNest]] = [[] for _ in range(max(levels.of.values(), default=-1) + 1)]
     for nest in nests:
-        kernels[levels[nest]].append(nest)
+        kernels[levels.of[nest]].append(nest)
     found.kernels = [each for each in kernels if each]
     return found
-
-
-def assign_levels(
-    nests: Sequence[AnyNest],
-    writers: Mapping[Buffer, Sequence[AnyNest]],
-    waits: Mapping[AnyNest, Sequence[AnyNest]],
-) -> dict[AnyNest, int]:
-    """For every nest, how many barriers come before it."""
-    levels: dict[AnyNest, int] = {}
-    for nest in nests:
-        before = [
-            levels[w] for buffer in nest.reads() for w in writers.get(buffer, []) if w is not nest
-        ]
-        before += [levels[each] for each in waits.get(nest, [])]
-        levels[nest] = max(before, default=-1) + 1
-    return levels
-
-
-def raise_level(
-    nest: AnyNest,
-    least: int,
-    places: Mapping[AnyNest, int],
-    readers: Mapping[Buffer, Sequence[AnyNest]],
-    levels: dict[AnyNest, int],
-) -> None:
-    """Let a nest come no sooner than `least`, and what reads it after it."""
-    levels[nest] = least
-    queue, queued = [(places[nest], nest)], {nest}
-    while queue:
-        _, writer = heappop(queue)  # in order, so that each is met once
-        for reader in dict.fromkeys(x for b in writer.writes() for x in readers.get(b, [])):
-            if reader is not writer and levels[reader] <= levels[writer]:
-                levels[reader] = levels[writer] + 1
-                if reader not in queued:
-                    queued.add(reader)
-                    heappush(queue, (places[reader], reader))
-
-
-def still(
-    output: Buffer,
-    source: Buffer,
-    levels: Mapping[AnyNest, int],
-    readers: Mapping[Buffer, Sequence[AnyNest]],
-    writers: Mapping[Buffer, Sequence[AnyNest]],
-) -> bool:
-    """Whether an output comes after all other readers of the input whose place it takes."""
-    writer = writers[output][0]
-    others = [each for each in readers.get(source, []) if each is not writer]
-    return all(levels[each] < levels[writer] for each in others)
 
 
 def why_not(nest: AnyNest, output: Buffer, source: Buffer, count: int) -> str:
@@ -183,8 +185,9 @@ def plan(kernels: Sequence[Sequence[AnyNest]], outputs: Sequence[Buffer]) -> Pla
         for nest in nests:
             for buffer in nest.reads() | nest.writes():
                 lives[buffer] = (lives.get(buffer, (place, 0))[0], place)
-    kept = set(outputs)
-    lives = {b: x for b, x in lives.items() if b not in kept and not is_external(b)}
+    for buffer in outputs:
+        lives.pop(buffer, None)
+    lives = {b: x for b, x in lives.items() if not isinstance(b.source, (Input, Constant))}
     by_start: dict[int, list[Buffer]] = {}
     by_end: dict[int, list[Buffer]] = {}
     for buffer, (start, end) in lives.items():
@@ -198,10 +201,6 @@ def plan(kernels: Sequence[Sequence[AnyNest]], outputs: Sequence[Buffer]) -> Pla
         for buffer in [] if "reuse" in OFF else by_end.get(place, []):
             arena.give(offsets[buffer], nbytes(buffer))
     return Plan(arena.size, offsets, lives, sum(map(nbytes, lives)))
-
-
-def is_external(buffer: Buffer) -> bool:
-    return isinstance(buffer.source, (Input, Constant))
 
 
 def nbytes(buffer: Buffer) -> int:

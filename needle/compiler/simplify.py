@@ -15,7 +15,7 @@ Equal ops on equal inputs are one node (Builder.make). Relies on: ops are pure.
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 from needle.array.spec import as_axes
 from needle.autograd import primitive
 from needle.compiler import OFF
+from needle.compiler.vectors import least, most
 from needle.dtype import FLOATS, LOW_PRECISION, float32, int64
 from needle.ops.elementwise import (
     SUBTRACT,
@@ -160,20 +161,12 @@ def spread(builder: Builder, op: Any, x: Node, axes: tuple[int, ...], chunk: int
     if missing:
         widths = [(0, 0)] * len(flat.shape)
         widths[first] = (0, missing)
-        flat = builder.make(Pad(tuple(widths), neutral(op, x.spec.dtype)), flat)
+        neutral = 0 if type(op) is Summation else (least if type(op) is Max else most)(x.spec.dtype)
+        flat = builder.make(Pad(tuple(widths), neutral), flat)
     shape = (*before, (count + missing) // chunk, chunk, *after)
     parts = builder.make(type(op)((first + 1,)), builder.make(Reshape(shape), flat))
     last = Fold if type(op) is Summation else type(op)
     return builder.make(last((first,)), parts)
-
-
-def neutral(op: Any, dtype: Any) -> Any:
-    """What a reduction does not see."""
-    if type(op) is Summation:
-        return 0
-    least = -inf if dtype in FLOATS else np.iinfo(dtype).min
-    most = inf if dtype in FLOATS else np.iinfo(dtype).max
-    return least if type(op) is Max else most
 
 
 def scatter(builder: Builder, op: ScatterAdd, x: Node, *indices: Node) -> Node | None:
@@ -195,8 +188,6 @@ def index_copy(builder: Builder, op: IndexCopy, x: Node, source: Node, index: No
 @primitive
 class Fold(Reduction):
     """y = x folded by halving over one axis (needle/ops/order.py): the sum of chunks' sums"""
-
-    axes: tuple[int, ...]
 
     def compute(self, x: np.ndarray) -> np.ndarray:
         return fold(np.moveaxis(x, self.axes[0], 0))

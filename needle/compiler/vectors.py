@@ -30,6 +30,9 @@ FLOAT_RELATION = {"lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 SIGNED_RELATION = {"lt": "slt", "le": "sle", "eq": "eq", "ne": "ne"}
 UNSIGNED_RELATION = {"lt": "ult", "le": "ule", "eq": "eq", "ne": "ne"}
 
+# Times this, float32 overflows from 2^128 - 2^119 on, where rounding to bfloat16 gives infinity
+BEYOND = 1 + 2.0**-9 + 2.0**-18
+
 Carried = list[tuple[str, str]]  # (LLVM type, value) of what a loop hands from turn to turn
 
 
@@ -215,10 +218,8 @@ class Writer:
 
     def half(self, x: str, dtype: DType, lanes: int, start: int) -> str:
         """Half of a vector, from a lane on."""
-        kind, places = (
-            typed(dtype, lanes),
-            f"<{lanes // 2} x i32> {count_from('i32', start, lanes // 2)}",
-        )
+        kind = typed(dtype, lanes)
+        places = f"<{lanes // 2} x i32> {count_from('i32', start, lanes // 2)}"
         return self.let(f"shufflevector {kind} {x}, {kind} poison, {places}")
 
     def count_up(self, start: object, lanes: int, dtype: DType = int64) -> str:
@@ -289,10 +290,8 @@ class Writer:
         the range is kept from the instruction, as it would raise a flag."""
         bounds, zero = np.iinfo(target), constant(0, source, lanes)
         ends = (("olt", bounds.min, bounds.min), ("oge", float(bounds.max) + 1, bounds.max))
-        tests, near = (
-            [],
-            self.select(self.compare("eq", source, lanes, x, x), x, zero, source, lanes),
-        )
+        near = self.select(self.compare("eq", source, lanes, x, x), x, zero, source, lanes)
+        tests = []
         for relation, end, _ in ends:
             bound = constant(float(end), source, lanes)
             tests.append(self.let(f"fcmp {relation} {typed(source, lanes)} {x}, {bound}"))
@@ -313,7 +312,8 @@ class Writer:
         return self.convert("bitcast", bits, "i32", "float", lanes)
 
     def narrow(self, x: str, target: DType, lanes: int) -> str:
-        """float32 as float16 or bfloat16, to nearest even; a NaN stays one."""
+        """float32 as float16 or bfloat16, to nearest even; a NaN stays one; what rounds to infinity
+        raises an overflow."""
         if target == float16:
             return self.convert("bitcast", self.convert("fptrunc", x, "float", "half", lanes),
                                 "half", "i16", lanes)  # fmt: skip
@@ -325,7 +325,8 @@ class Writer:
         bits = self.convert("bitcast", x, "float", "i32", lanes)
         high = step("lshr", bits, 16)
         rounded = step("lshr", step("add", step("add", bits, 0x7FFF), step("and", high, 1)), 16)
-        nan = self.compare("ne", float32, lanes, x, x)
+        scaled = self.arithmetic("mul", float32, lanes, [x, constant(BEYOND, float32, lanes)])
+        nan = self.compare("ne", float32, lanes, scaled, scaled)
         found = self.select(nan, step("or", high, 0x40), rounded, uint32, lanes)
         return self.convert("trunc", found, "i32", "i16", lanes)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from needle.data.dataset import ImageDataset, Transforms
 from needle.errors import expect
-from needle.files import AnyPath, reading
+from needle.files import AnyPath, find_file, reading
 
 PIXELS = 3 * 32 * 32
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -60,14 +60,10 @@ class CIFAR10Dataset(ImageDataset):
 
     def find(self, folder: Path, name: str) -> Path:
         """The file of a name in the folder or in one of the archives' folders in it."""
-        places = [folder, *(folder / each for each in self.folders)]
-        for path in (place / f"{name}{suffix}" for place in places for suffix in (".bin", "")):
-            if path.is_file():
-                return path
-        received = "a folder without it" if folder.is_dir() else "a path that is no folder"
-        expected = f"{name}.bin of {self.folders[0]} in {folder}"
-        message = f"{type(self).__name__}: expected {expected}; received {received}"
-        raise FileNotFoundError(message)
+        bare = [name, *(f"{each}/{name}" for each in self.folders)]
+        places = [f"{each}{suffix}" for each in bare for suffix in (".bin", "")]
+        expected = f"{name}.bin of {self.folders[0]}"
+        return find_file(type(self).__name__, folder, places, expected)
 
     def read(self, path: Path) -> Labelled:
         """The images (n, 3072) and labels (n,) of a file."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from needle.data.dataset import ImageDataset, Transforms
-from needle.data.idx import AnyPath, read_images_and_labels
+from needle.data.idx import read_images_and_labels
+from needle.files import AnyPath, find_file
 
 TRAIN_DIGITS = 1437  # the samples to train with stand first in the files
 PAIR = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
@@ -82,16 +83,12 @@ def load(source: str, folder: Folder, train: bool, transforms: Transforms) -> MN
     x, y = FILES[:2] if train else FILES[2:]
     if folder is None:
         return MNISTDataset(fetch(source, x), fetch(source, y), transforms)
-    return MNISTDataset(find(source, Path(folder), x), find(source, Path(folder), y), transforms)
+    return MNISTDataset(find(source, folder, x), find(source, folder, y), transforms)
 
 
-def find(source: str, folder: Path, name: str) -> Path:
+def find(source: str, folder: AnyPath, name: str) -> Path:
     """The file in the folder, gzipped or plain."""
-    for path in (folder / name, folder / name.removesuffix(".gz")):
-        if path.is_file():
-            return path
-    received = "a folder without it" if folder.is_dir() else "a path that is no folder"
-    raise FileNotFoundError(f"{source}: expected {name} in {folder}; received {received}")
+    return find_file(source, Path(folder), (name, name.removesuffix(".gz")), name)
 
 
 def fetch(source: str, name: str) -> Path:

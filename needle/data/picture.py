@@ -48,7 +48,11 @@ def read_colour(path: AnyPath) -> np.ndarray:
 
 def as_rgb(pillow: Any, image: Any) -> Any:
     """A picture in 8 bits of red, green and blue."""
-    if image.mode.startswith("I"):  # 16 bits, also where Pillow holds them in 32
-        grey = np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8)
-        image = pillow.fromarray(grey)
-    return image.convert("RGB")
+    return in_bytes(pillow, image).convert("RGB")
+
+
+def in_bytes(pillow: Any, image: Any) -> Any:
+    """A picture in 8 bits: one of 16, also where Pillow holds them in 32, as grey."""
+    if not image.mode.startswith("I"):
+        return image
+    return pillow.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))

@@ -43,10 +43,16 @@ AnyModule = TypeVar("AnyModule", bound=Module)
 Parts = Mapping[str, Iterable[Part]]  # by the path of a parameter
 
 
+def file_in(folder: Path, name: str) -> Path:
+    """The path of a file in a folder; FileError where it is not there."""
+    path = folder / name
+    expect(path.is_file(), f"{path}: expected a file; received a folder without it", FileError)
+    return path
+
+
 def read_config(folder: AnyPath, kind: str) -> dict[str, Any]:
     """What config.json says of a model of this `model_type`; FileError where it is of another."""
-    path = Path(folder) / "config.json"
-    expect(path.is_file(), f"{path}: expected a file; received a folder without it", FileError)
+    path = file_in(Path(folder), "config.json")
     with reading(path, "the configuration of a model"):
         found = json.loads(path.read_text())
         expect(isinstance(found, dict), f"received a {type(found).__name__}")
@@ -78,18 +84,13 @@ def read_weights(folder: AnyPath) -> tuple[Path, dict[str, np.ndarray]]:
     folder = Path(folder)
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() or not index.is_file():
-        expect(
-            whole.is_file(), f"{whole}: expected a file; received a folder without it", FileError
-        )
-        return whole, load_tensors(whole)[0]
+        return whole, load_tensors(file_in(folder, WEIGHTS))[0]
     with reading(index, "an index of safetensors files"):
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         expect(all(Path(name).name == name for name in names), f"a path outside in {names}")
     arrays: dict[str, np.ndarray] = {}
     for name in names:
-        path = folder / name
-        expect(path.is_file(), f"{path}: expected a file; received a folder without it", FileError)
-        arrays |= load_tensors(path)[0]
+        arrays |= load_tensors(file_in(folder, name))[0]
     return index, arrays
 
 

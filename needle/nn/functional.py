@@ -111,18 +111,18 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True) -> Tensor:
     drawn. (Srivastava et al., 2014)
     """
     x, p = as_float(x), check_probability(p)
-    if not training:
-        return x
-    mask = randb(*x.shape, p=1 - p, device=x.device)
-    return normalize.masked(x, mask, p) if p < 1 else x * 0.0
+    return masked(x, x.shape, p) if training else x
 
 
 def drop_channels(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Dropout of whole channels of x (n, *sizes, channels) (Tompson et al., 2015)"""
-    check_probability(p)
-    if not training:
-        return x
-    mask = randb(x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1], p=1 - p, device=x.device)
+    channels = (x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1])
+    return masked(x, channels, check_probability(p)) if training else x
+
+
+def masked(x: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """x times a mask of a shape that is drawn, over 1 - p."""
+    mask = randb(*shape, p=1 - p, device=x.device)
     return normalize.masked(x, mask, p) if p < 1 else x * 0.0
 
 

@@ -92,6 +92,9 @@ class Cell(Module):
         check_state(self.name, state, (len(x), self.hidden_size))
         return self.step(self.project(x), state)
 
+    def forward(self, x: Tensor, h: Any = None) -> Any:
+        return self.advance(x, None if h is None else (h,))[0]
+
 
 def check_state(name: str, state: State, shape: tuple[int, ...]) -> None:
     for each in state:
@@ -120,9 +123,6 @@ class RNNCell(Cell):
     def step(self, gates: Tensor, state: State) -> State:
         (h,) = state
         return (astype(self.function(gates + matmul(h, self.W_hh)), h.dtype),)
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
-        return self.advance(x, None if h is None else (h,))[0]
 
 
 class LSTMCell(Cell):
@@ -169,9 +169,6 @@ class GRUCell(Cell):
         new = tanh(n[0] + sigmoid(r[0] + r[1]) * n[1])
         return (astype((h - new) * update + new, h.dtype),)
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
-        return self.advance(x, None if h is None else (h,))[0]
-
 
 # Layers
 
@@ -196,9 +193,8 @@ class Recurrent(Module):
         sizes = [input_size] + [directions * hidden_size] * (num_layers - 1)
         every = [size for size in sizes for _ in range(directions)]
         setattr(self, self.name, [self.kind(size, hidden_size, **options) for size in every])
-        self.num_layers, self.batch_first, self.bidirectional = (
-            num_layers, batch_first, bidirectional,
-        )  # fmt: skip
+        self.num_layers, self.bidirectional = num_layers, bidirectional
+        self.batch_first = batch_first
         self.input_size, self.hidden_size = input_size, hidden_size
         self.between, self.checkpoint_every = Dropout(dropout), checkpoint_every
 
@@ -207,6 +203,10 @@ class Recurrent(Module):
         """Layer by layer, of each the one that goes forward first."""
         found: list[Cell] = getattr(self, self.name)
         return found
+
+    def forward(self, x: Tensor, h0: Any = None, lengths: Any = None) -> tuple[Tensor, Any]:
+        out, (h,) = self.run(x, None if h0 is None else (h0,), lengths)
+        return out, h
 
     def run(self, x: Tensor, state: State | None, lengths: Any) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and of each part of the state those of all cells, stacked."""
@@ -289,12 +289,6 @@ class RNN(Recurrent):
         options |= {"nonlinearity": nonlinearity, "device": device, "dtype": dtype}
         super().__init__(input_size, hidden_size, num_layers, bias, **options)
 
-    def forward(
-        self, x: Tensor, h0: Tensor | None = None, lengths: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        out, (h,) = self.run(x, None if h0 is None else (h0,), lengths)
-        return out, h
-
 
 class LSTM(Recurrent):
     """Layers of LSTMCells over time: (out, (h, c)) of x (seq, batch, input_size).
@@ -305,11 +299,9 @@ class LSTM(Recurrent):
 
     kind, name = LSTMCell, "lstm_cells"
 
-    def forward(
-        self, x: Tensor, h: Any = None, lengths: Any = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        out, (last, c) = self.run(x, None if h is None else tuple(h), lengths)
-        return out, (last, c)
+    def forward(self, x: Tensor, h: Any = None, lengths: Any = None) -> tuple[Tensor, Any]:
+        out, state = self.run(x, None if h is None else tuple(h), lengths)
+        return out, tuple(state)
 
 
 class GRU(Recurrent):
@@ -320,9 +312,3 @@ class GRU(Recurrent):
     """
 
     kind, name = GRUCell, "gru_cells"
-
-    def forward(
-        self, x: Tensor, h0: Tensor | None = None, lengths: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        out, (h,) = self.run(x, None if h0 is None else (h0,), lengths)
-        return out, h

@@ -77,6 +77,15 @@ class Transformer(Module):
         return x, zeros_like(x)
 
 
+def attend(
+    attention: MultiheadAttention, x: Tensor, memory: Maybe, mask: Maybe, padding: Maybe,
+    is_causal: bool,
+) -> Tensor:  # fmt: skip
+    """What x attends to in memory, or, without that, in itself."""
+    masks = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": is_causal}
+    return attention(x, memory, memory, need_weights=False, **masks)[0]
+
+
 class TransformerEncoderLayer(Module):
     """Self-attention, then a two-layer network, each added to what it reads.
 
@@ -126,9 +135,8 @@ class TransformerEncoderLayer(Module):
         self, src: Tensor, src_mask: Maybe = None, src_key_padding_mask: Maybe = None,
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
-        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask}
-        options = {"is_causal": is_causal, "need_weights": False, **masks}
-        x = self.add(src, self.norm1, lambda x: self.self_attn(x, **options)[0])
+        masks = src_mask, src_key_padding_mask, is_causal
+        x = self.add(src, self.norm1, lambda x: attend(self.self_attn, x, None, *masks))
         return self.add(x, self.norm2, self.network)
 
 
@@ -146,16 +154,10 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         tgt_key_padding_mask: Maybe = None, memory_key_padding_mask: Maybe = None,
         tgt_is_causal: bool = False, memory_is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
-        own: dict[str, Any] = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask}
-        other: dict[str, Any] = {
-            "attn_mask": memory_mask,
-            "key_padding_mask": memory_key_padding_mask,
-        }
-        own |= {"is_causal": tgt_is_causal, "need_weights": False}
-        other |= {"is_causal": memory_is_causal, "need_weights": False}
-        x = self.add(tgt, self.norm1, lambda x: self.self_attn(x, **own)[0])
-        cross = self.multihead_attn
-        x = self.add(x, self.norm2, lambda x: cross(x, memory, memory, **other)[0])
+        own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+        other = memory_mask, memory_key_padding_mask, memory_is_causal
+        x = self.add(tgt, self.norm1, lambda x: attend(self.self_attn, x, None, *own))
+        x = self.add(x, self.norm2, lambda x: attend(self.multihead_attn, x, memory, *other))
         return self.add(x, self.norm3, self.network)
 
 

@@ -44,9 +44,7 @@ class Program:
         slots: dict[Value, int] = {x: index for index, x in enumerate(inputs)}
         self.constants: list[np.ndarray] = []
         self.steps: list[tuple[Callable[..., Any], tuple[int, ...]]] = []
-        order: list[Value] = []
-        autograd.visit(output, set(), order, lambda node: reading(node)[1])
-        order = [node for node in order if node not in slots]
+        order = autograd.post_order([output], lambda node: reading(node)[1], inputs)
         for node in order:
             if node.cached_data is not None:
                 slots[node] = len(slots)

@@ -7,6 +7,7 @@ channels / groups, outputs). Nothing is unfolded: the compiler packs windows fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import product
 from math import ceil, gcd, prod
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from needle.array.spec import Spec
-from needle.autograd import MODE, Tensor, op_name, primitive
+from needle.autograd import MODE, Tensor, op_name, primitive, with_fields
 from needle.dtype import FLOATS, promote
 from needle.errors import expect
 from needle.ops.composite import Composite
@@ -36,6 +37,7 @@ from needle.ops.reduce import summation
 
 Sizes = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int, int], ...]  # per axis: start, size, step
 
 
 def per_axis(name: str, what: str, given: Any, count: int, least: int) -> Sizes:
@@ -60,12 +62,10 @@ class Windows(Movement):
     dilation: Sizes
 
     def infer(self, x: Spec) -> Spec:
-        out = tuple(
-            (n - d * (k - 1) - 1) // s + 1
-            for n, k, s, d in zip(x.shape[1:-1], self.size, self.stride, self.dilation, strict=True)
-        )
+        spans = spans_of(self.size, self.dilation)
+        axes = zip(x.shape[1:-1], spans, self.stride, strict=True)
+        out = tuple((n - span) // s + 1 for n, span, s in axes)
         fits = all(n > 0 for n in out)
-        spans = tuple(d * (k - 1) + 1 for k, d in zip(self.size, self.dilation, strict=True))
         expect(fits, f"windows: expected sizes of at least {spans}; received shape {x.shape}")
         return x.with_shape((x.shape[0], *out, *self.size, x.shape[-1]))
 
@@ -79,17 +79,33 @@ class Windows(Movement):
 
     def gradient(self, out_grad: Tensor, node: Tensor) -> Tensor:
         shape, count = node.inputs[0].shape, len(self.size)
-        whole = [(0, n, 1) for n in out_grad.shape]
-        n, *out = out_grad.shape[: count + 1]
-        found: Any = None
+        whole, parts = [(0, n, 1) for n in out_grad.shape], []
         for tap in product(*map(range, self.size)):
             whole[count + 1 : -1] = [(t, 1, 1) for t in tap]
-            part = reshape(Slice(tuple(whole))(out_grad), (n, *out, shape[-1]))
-            starts = [t * d for t, d in zip(tap, self.dilation, strict=True)]
-            places = tuple(zip(starts, out, self.stride, strict=True))
-            each = Unslice(((0, n, 1), *places, (0, shape[-1], 1)), shape)(part)
-            found = each if found is None else found + each
-        return found
+            part = Slice(tuple(whole))(out_grad)
+            parts.append(reshape(part, (*out_grad.shape[: count + 1], shape[-1])))
+        return put_back(parts, tap_ranges(shape, self.size, self.stride, self.dilation), shape)
+
+
+def spans_of(kernel: Sizes, dilation: Sizes) -> Sizes:
+    """How far the kernel reaches along each axis."""
+    return tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
+
+
+def tap_ranges(shape: Sizes, kernel: Sizes, stride: Sizes, dilation: Sizes) -> list[Ranges]:
+    """Where each tap, one place in all windows, lies in an image of a shape, in row-major order."""
+    n, *sizes, c = shape
+    axes = zip(sizes, spans_of(kernel, dilation), kernel, stride, dilation, strict=True)
+    places = [
+        [(t * d, (size - span) // s + 1, s) for t in range(k)] for size, span, k, s, d in axes
+    ]
+    return [((0, n, 1), *tap, (0, c, 1)) for tap in product(*places)]
+
+
+def put_back(parts: Sequence[Tensor], ranges: Sequence[Ranges], shape: Sizes) -> Tensor:
+    """The gradient of an image from those of its taps, added in order where windows overlap."""
+    pairs = zip(parts, ranges, strict=True)
+    return reduce(Tensor.__add__, [Unslice(each, shape)(part) for part, each in pairs])
 
 
 def windows(x: Operand, size: Any, stride: Any = 1, dilation: Any = 1) -> Tensor:
@@ -141,7 +157,7 @@ class Geometry(NamedTuple):
         """The gradient of all weights from that of those that count."""
         return dw if dw.shape == shape else Unslice(self.ranges(shape), shape)(dw)
 
-    def ranges(self, shape: Sizes) -> tuple[tuple[int, int, int], ...]:
+    def ranges(self, shape: Sizes) -> Ranges:
         """The place in the weights of the taps that count."""
         return (*((a, n, 1) for a, n in self.taps), *((0, n, 1) for n in shape[-2:]))
 
@@ -193,14 +209,15 @@ def as_pairs(name: str, padding: Any, size: Sizes, spans: Sizes, stride: Sizes) 
     return tuple((n, n) for n in per_axis(name, "padding", padding, len(size), 0))
 
 
+@with_fields
 class Convolution(Composite):
     """What convolutions and their transposes have in common: their settings."""
 
-    stride: Any
-    padding: Any
-    dilation: Any
-    groups: int
-    dot: bool
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    dot: bool = False
 
     def settings(self, name: str, count: int) -> tuple[Sizes, Sizes]:
         """Stride and dilation, one per axis."""
@@ -232,11 +249,6 @@ class Convolution(Composite):
         self.geometry(x.shape, w.shape)
 
 
-def spans_of(kernel: Sizes, dilation: Sizes) -> Sizes:
-    """How far the kernel reaches along each axis."""
-    return tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
-
-
 # The contractions
 
 
@@ -259,13 +271,12 @@ class Products(NamedTuple):
         v = permute(v, (2, 0, 1, 3))
         return reshape(v, (self.groups, prod(places), prod(taps) * v.shape[-1]))
 
-    def by_group(self, x: Tensor) -> Tensor:
-        """(rows, groups * c) -> (groups, rows, c)"""
-        return permute(reshape(x, (x.shape[0], self.groups, -1)), (1, 0, 2))
-
-    def joined(self, x: Tensor) -> Tensor:
-        """(groups, rows, c) -> (rows, groups * c)"""
-        return reshape(permute(x, (1, 0, 2)), (x.shape[1], -1))
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b; of each group's a (groups, rows, k) and b (k, groups * c): (rows, groups * c)"""
+        if self.groups == 1:
+            return self.multiply(a, b)
+        b = permute(reshape(b, (b.shape[0], self.groups, -1)), (1, 0, 2))
+        return reshape(permute(self.multiply(a, b), (1, 0, 2)), (a.shape[1], -1))
 
     def forward(self, x: Tensor, w: Tensor, stride: Sizes, dilation: Sizes) -> Tensor:
         """y[n, o..., :] = sum over taps and channels of windows(x) * w"""
@@ -276,10 +287,8 @@ class Products(NamedTuple):
             taps = tuple(range(count + 1, 2 * count + 1))
             v = reshape(v, (*v.shape, 1)) * reshape(w, (*kernel, x.shape[-1], -1))
             return reshape(summation(v, taps), shape)
-        a, b = self.rows(v, count), reshape(w, (-1, w.shape[-1]))
-        if self.groups == 1:
-            return reshape(self.multiply(a, b), shape)
-        return reshape(self.joined(self.multiply(a, self.by_group(b))), shape)
+        y = self.product(self.rows(v, count), reshape(w, (-1, w.shape[-1])))
+        return reshape(y, shape)
 
     def weight_gradient(self, x: Tensor, dy: Tensor, g: Geometry, shape: Sizes) -> Tensor:
         """dw = sum over places of windows(x) * dy, for weights of a shape"""
@@ -291,11 +300,7 @@ class Products(NamedTuple):
             places = tuple(range(count + 1))
             dw = summation(reshape(v, (*v.shape, 1)) * dy, places)
             return g.spread(reshape(dw, shape), whole)
-        a, dy = transpose(self.rows(v, count)), reshape(dy, (-1, shape[-1]))
-        if self.groups == 1:
-            dw = self.multiply(a, dy)
-        else:
-            dw = self.joined(self.multiply(a, self.by_group(dy)))
+        dw = self.product(transpose(self.rows(v, count)), reshape(dy, (-1, shape[-1])))
         return g.spread(reshape(dw, shape), whole)
 
     def turned(self, w: Tensor) -> Tensor:
@@ -400,12 +405,6 @@ class Conv(Convolution):
     """y[n, o..., :] = sum over t, c of x[n, o * stride + t * dilation - padding..., c] w[t..., c];
     dw = windows of x, transposed, @ dy; dx = the transposed convolution of dy with w"""
 
-    stride: Any = 1
-    padding: Any = 0
-    dilation: Any = 1
-    groups: int = 1
-    dot: bool = False
-
     def geometry(self, x: Sizes, w: Sizes) -> Geometry:
         size, kernel, groups = x[1:-1], w[:-2], self.groups
         stride, dilation = self.settings("conv", len(size))
@@ -438,12 +437,7 @@ class ConvTranspose(Convolution):
     dw = windows of dy, transposed, @ x"""
 
     name = "conv_transpose"
-    stride: Any = 1
-    padding: Any = 0
     output_padding: Any = 0
-    dilation: Any = 1
-    groups: int = 1
-    dot: bool = False
 
     def geometry(self, x: Sizes, w: Sizes) -> Geometry:
         """Of the convolution from y to x."""
@@ -524,6 +518,7 @@ def conv_transpose(
     places = (sizes - 1) * stride + dilation * (kernel - 1) + 1 - padding before and after +
     output_padding, of which the last decides between the sizes that a stride rounds to one.
     """
-    numbers = [settled(each) for each in (stride, padding, output_padding, dilation)]
+    numbers = [settled(each) for each in (stride, padding, dilation)]
     kind: Any = ConvTranspose
-    return kind(*numbers, groups, Precision.dot)(*alike("conv_transpose", x, w))
+    op = kind(*numbers, groups, Precision.dot, settled(output_padding))
+    return op(*alike("conv_transpose", x, w))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from needle.autograd import (
     op_name,
     primitive,
     replay,
+    with_fields,
 )
 from needle.backend.device import default_device
 from needle.dtype import DTYPES, FLOATS, INTEGERS, DType, bool_, float64, int64
@@ -335,11 +336,12 @@ def as_addition(inputs: Sequence[Tensor], spec: Spec) -> tuple[TensorOp, tuple[T
     return ADD, (a, Tensor.make_pending(negate, (b,), spec))
 
 
+@with_fields
 class WithScalar(Elementwise):
     """An elementwise op on x and a number, which must fit x's dtype."""
 
     scalar: Scalar
-    binary: type[TensorOp] | None = None  # the same op with an operand in the number's place
+    binary: ClassVar[type[TensorOp] | None] = None  # the op with an operand in its place
 
     def infer(self, x: Spec) -> Spec:
         check_fits(op_name(self), self.scalar, x.dtype)
@@ -356,7 +358,6 @@ class AddScalar(WithScalar):
     """y = x + scalar;  dx = dy"""
 
     name, binary = "add_scalar", EWiseAdd
-    scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
         return x + self.scalar
@@ -380,7 +381,6 @@ class MulScalar(WithScalar):
     """y = x * scalar;  dx = dy * scalar"""
 
     name, binary = "mul_scalar", EWiseMul
-    scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
         return x * self.scalar
@@ -406,7 +406,6 @@ class DivScalar(WithScalar):
     """y = x / scalar;  dx = dy / scalar"""
 
     name, binary = "divide_scalar", EWiseDiv
-    scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
         return np.true_divide(x, self.scalar)
@@ -449,7 +448,6 @@ class PowerScalar(WithScalar):
     """y = x ** scalar;  dx = dy * scalar * x^(scalar - 1), 0 where scalar = 0"""
 
     name = "power_scalar"
-    scalar: Scalar
 
     def compute(self, x: np.ndarray) -> np.ndarray:
         if self.scalar == 2:

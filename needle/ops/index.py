@@ -28,9 +28,12 @@ def check_range(name: str, indices: Sequence[np.ndarray], sizes: Sequence[int]) 
         check_between(words(name, size), index, -size, size)
 
 
-def check_between(text: str, index: np.ndarray, low: int, high: int) -> None:
+def check_between(
+    text: str, index: np.ndarray, low: int, high: int, error: type[Exception] = IndexError
+) -> None:
+    """The error, which begins with a text, where an index lies outside [low, high)."""
     if index.size and (int(index.min()) < low or int(index.max()) >= high):
-        raise IndexError(f"{text}; received {index[(index < low) | (index >= high)].flat[0]}")
+        raise error(f"{text}; received {index[(index < low) | (index >= high)].flat[0]}")
 
 
 def words(name: str, size: int) -> str:
@@ -97,11 +100,14 @@ class ScatterAdd(TensorOp):
 @primitive
 class Checked(TensorOp):
     """y = indices of `size` rows, int64; IndexError, that begins with `who`, for others. wraps:
-    negative ones count from the end, else they are refused."""
+    negative ones count from the end, else they are refused. ignored: passes as it is. is_value:
+    ValueError instead."""
 
     who: str
     size: int
     wraps: bool = False
+    ignored: int | None = None
+    is_value: bool = False
 
     def infer(self, index: Spec) -> Spec:
         return index.with_dtype(int64)
@@ -111,8 +117,13 @@ class Checked(TensorOp):
         return words(self.who, self.size) if self.wraps else f"{self.who} from 0 to {self.size - 1}"
 
     def compute(self, index: np.ndarray) -> np.ndarray:
-        check_between(self.words, index, -self.size if self.wraps else 0, self.size)
-        return np.where(index < 0, index + self.size, index).astype(int64)
+        passes = index == self.ignored  # nothing equals None
+        low, counted = -self.size if self.wraps else 0, np.where(passes, 0, index)
+        check_between(
+            self.words, counted, low, self.size, ValueError if self.is_value else IndexError
+        )
+        wrapped = np.where(counted < 0, counted + self.size, counted)
+        return np.where(passes, index, wrapped).astype(int64)
 
     gradient = rule(None)
 
@@ -329,12 +340,7 @@ def advanced_index(x: Tensor, items: list[Any]) -> Tensor:
 def one_hot(indices: Operand, num_classes: int, dtype: Any = float32) -> Tensor:
     """Rows of the identity matrix: y[..., j] = 1 where j = indices[...], else 0."""
     index = as_indices("one_hot", indices)
-    if index.cached_data is not None:
-        values = index.numpy()
-        bad = values[(values < 0) | (values >= num_classes)]
-        if bad.size:
-            labels = f"labels from 0 to {num_classes - 1}; received {bad[0]}"
-            raise IndexError(f"one_hot: expected {labels}")
+    index = Checked("one_hot: expected labels", num_classes)(index)
     classes = as_tensor(np.arange(num_classes, dtype=index.dtype), index)
     return astype(equal(index.reshape((*index.shape, 1)), classes), as_dtype(dtype))
 

@@ -3,19 +3,20 @@ update.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from needle.array.spec import Spec
-from needle.autograd import MODE, Tensor, primitive
+from needle.autograd import Tensor, primitive
 from needle.dtype import int64
 from needle.errors import expect
 from needle.ops import elementwise as ew
-from needle.ops.composite import Composite
+from needle.ops.composite import Composite, differentiate
 from needle.ops.elementwise import Operand, as_float, as_tensor, astype, widened
-from needle.ops.index import as_indices
+from needle.ops.index import Checked, as_indices
 from needle.ops.movement import reshape, unsqueeze
 from needle.ops.normalize import logsoftmax
 
@@ -164,6 +165,15 @@ class ClassLoss(Composite):
             expect(fits, f"{self.name}: {wanted}; received {each.shape}")
 
     def expand(self, x: Tensor, y: Tensor, *weight: Tensor) -> Tensor:
+        return self.loss(x, y, weight, is_known=False)
+
+    def expand_gradient(self, dy: Tensor, *inputs: Tensor) -> Any:
+        """That of labels which forward has checked."""
+        known = SimpleNamespace(expand=lambda x, y, *weight: self.loss(x, y, weight, is_known=True))
+        rest = len(inputs) - 1
+        return (*differentiate(known, [dy], inputs, (True, *[False] * rest)), *[None] * rest)
+
+    def loss(self, x: Tensor, y: Tensor, weight: Sequence[Tensor], is_known: bool) -> Tensor:
         axis = class_axis(x)
         classes, smoothing = x.shape[axis], self.label_smoothing
         column = (classes,) + (1,) * (x.ndim - axis - 1)  # how a number for each class meets x
@@ -174,6 +184,10 @@ class ClassLoss(Composite):
         scale = counts.astype(x.dtype)
         weighted = x * reshape(weight[0], column) if weight else x
         picked = -ew.where(hit, weighted, 0.0).sum(axis)
+        if not is_known:  # once per label; an ignored one has picked -0.0 as it is
+            who = f"{self.name}: expected labels"
+            label = Checked(who, classes, False, self.ignore_index, True)(y)
+            picked = ew.where(ew.not_equal(label, self.ignore_index), picked, -0.0)
         if smoothing:
             spread = -weighted.sum(axis) * (smoothing / classes) * scale
             picked = picked * (1 - smoothing) + spread
@@ -195,18 +209,7 @@ def class_loss(
     x = widened(as_float(x))
     labels = astype(as_indices(f"{name} labels", labels, x), int64)
     more = () if weight is None else (astype(as_tensor(weight, x).detach(), x.dtype),)
-    loss = ClassLoss(name, ignore_index, smoothing, reduction)(x, labels, *more)
-    if labels.cached_data is not None and MODE.trace is None:
-        check_labels(name, labels.numpy(), x.shape[class_axis(x)], ignore_index)
-    return loss
-
-
-def check_labels(name: str, labels: np.ndarray, classes: int, ignore_index: int) -> None:
-    if not labels.size or labels.view(np.uint64).max() < classes:  # negative ones are huge
-        return
-    bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
-    if bad.size:
-        raise ValueError(f"{name}: expected labels from 0 to {classes - 1}; received {bad[0]}")
+    return ClassLoss(name, ignore_index, smoothing, reduction)(x, labels, *more)
 
 
 def cross_entropy(

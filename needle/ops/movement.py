@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from needle.array.spec import Spec, as_axes, as_axis, as_shape, reshaped
-from needle.autograd import Tensor, TensorOp, TensorTuple, TensorTupleOp, primitive, replay
+from needle.autograd import (
+    Tensor,
+    TensorOp,
+    TensorTuple,
+    TensorTupleOp,
+    primitive,
+    replay,
+    with_fields,
+)
 from needle.dtype import promote
 from needle.errors import expect
 from needle.ops.composite import Composite
@@ -24,6 +32,7 @@ from needle.ops.elementwise import (
     astype,
     check_fits,
     first_tensor,
+    rule,
 )
 
 
@@ -56,8 +65,7 @@ class Reshape(Movement):
     def compute(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(self.shape)
 
-    def gradient(self, out_grad: Tensor, node: Tensor) -> Tensor:
-        return reshape(out_grad, node.inputs[0].shape)
+    gradient = rule(lambda dy, y, x: reshape(dy, x.shape))
 
 
 def reshape(x: Operand, shape: Any) -> Tensor:
@@ -121,8 +129,7 @@ class Transpose(Movement):
     def compute(self, x: np.ndarray) -> np.ndarray:
         return x.swapaxes(*(self.axes or (-2, -1)))
 
-    def gradient(self, out_grad: Tensor, node: Tensor) -> Tensor:
-        return self(out_grad)
+    gradient = rule(lambda dy, y, x: y.op(dy))
 
 
 def transpose(x: Operand, axes: Sequence[int] | None = None) -> Tensor:
@@ -175,8 +182,7 @@ class Slice(Movement):
     def compute(self, x: np.ndarray) -> np.ndarray:
         return x[tuple(starmap(as_slice, self.ranges))]
 
-    def gradient(self, out_grad: Tensor, node: Tensor) -> Tensor:
-        return Unslice(self.ranges, node.inputs[0].shape)(out_grad)
+    gradient = rule(lambda dy, y, x: Unslice(y.op.ranges, x.shape)(dy))
 
 
 @primitive
@@ -211,8 +217,7 @@ class Unslice(Movement):
         found[tuple(starmap(as_slice, self.ranges))] = x
         return found
 
-    def gradient(self, out_grad: Tensor, node: Tensor) -> Tensor:
-        return Slice(self.ranges)(out_grad)
+    gradient = rule(lambda dy, y, x: Slice(y.op.ranges)(dy))
 
 
 @primitive
@@ -228,8 +233,7 @@ class Flip(Movement):
     def compute(self, x: np.ndarray) -> np.ndarray:
         return np.flip(x, self.axes)
 
-    def gradient(self, out_grad: Tensor, node: Tensor) -> Tensor:
-        return self(out_grad)
+    gradient = rule(lambda dy, y, x: y.op(dy))
 
 
 def flip(x: Operand, axes: Any = None) -> Tensor:
@@ -268,6 +272,7 @@ def pad(x: Operand, widths: Any, value: Scalar = 0) -> Tensor:
     return Pad(tuple(as_shape("pad", pair) for pair in widths), value)(x)
 
 
+@with_fields
 class Dilation(Composite):
     """Every (dilation + 1)-th place along axes; axes beyond x's are ignored, as in the course."""
 
@@ -286,9 +291,6 @@ class Dilation(Composite):
 class Dilate(Dilation):
     """y = x with `dilation` zeros after each element along axes;  dx = dy without them"""
 
-    axes: tuple[int, ...]
-    dilation: int
-
     def expand(self, x: Tensor) -> Tensor:
         pairs = list(zip(x.shape, self.steps(x), strict=True))
         ranges = tuple((0, size, step) for size, step in pairs)
@@ -298,9 +300,6 @@ class Dilate(Dilation):
 @primitive
 class UnDilate(Dilation):
     """y = every (dilation + 1)-th element of x along axes;  dx = dy dilated"""
-
-    axes: tuple[int, ...]
-    dilation: int
 
     def expand(self, x: Tensor) -> Tensor:
         pairs = zip(x.shape, self.steps(x), strict=True)
@@ -329,10 +328,15 @@ def same_dtypes(name: str, tensors: Sequence[Operand]) -> list[Tensor]:
     return [astype(x, dtype) for x in found]
 
 
-def rejoined(kind: Any, tensors: Sequence[Operand], axis: Any) -> Tensor | None:
-    """The node of a joining op where Tensors like these were joined before."""
+def join(kind: Any, tensors: Sequence[Operand], axis: Any, new: int = 0) -> Tensor:
+    """The node of a joining op, which makes `new` axes; at once where Tensors like these were
+    joined before."""
     is_list = isinstance(tensors, (list, tuple)) and type(axis) is int
-    return replay(kind(axis), tensors) if is_list else None
+    known = replay(kind(axis), tensors) if is_list else None
+    if known is not None:
+        return known
+    found = same_dtypes(kind.name, tensors)
+    return kind(as_axis(kind.name, axis, found[0].ndim + new))(*found)
 
 
 @primitive
@@ -358,11 +362,7 @@ class Concatenate(Movement):
 
 def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """The tensors one after the other along an axis."""
-    known = rejoined(Concatenate, tensors, axis)
-    if known is not None:
-        return known
-    found = same_dtypes("concatenate", tensors)
-    return Concatenate(as_axis("concatenate", axis, found[0].ndim))(*found)
+    return join(Concatenate, tensors, axis)
 
 
 @primitive
@@ -391,11 +391,7 @@ class Stack(Movement):
 
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Tensors of one shape side by side along a new axis."""
-    known = rejoined(Stack, tensors, axis)
-    if known is not None:
-        return known
-    found = same_dtypes("stack", tensors)
-    return Stack(as_axis("stack", axis, found[0].ndim + 1))(*found)
+    return join(Stack, tensors, axis, 1)
 
 
 @primitive

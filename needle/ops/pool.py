@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from itertools import product
 from math import inf, prod
 from typing import Any
 
 import numpy as np
 
 from needle.array.spec import as_shape
-from needle.autograd import Tensor, primitive
+from needle.autograd import Tensor, primitive, with_fields
 from needle.errors import expect
 from needle.ops.composite import Composite
-from needle.ops.conv import Pairs, Sizes, per_axis
+from needle.ops.conv import Pairs, Ranges, Sizes, per_axis, put_back, spans_of, tap_ranges
 from needle.ops.elementwise import Operand, as_float, as_tensor, equal, maximum, not_equal, where
-from needle.ops.movement import Slice, Unslice, pad, permute, reshape, stack, widen
+from needle.ops.movement import Slice, pad, permute, reshape, stack, widen
 from needle.ops.normalize import mean
 from needle.ops.reduce import argmax, restore_axes
 
 MOST_TAPS = 16  # that one kernel reads; larger windows are taken axis by axis
 
 
+@with_fields
 class Pool(Composite):
     """What both kinds share: their numbers, one for each axis of an image."""
 
@@ -41,16 +41,9 @@ class Pool(Composite):
         sizes = zip(x.shape[1:-1], self.pads, strict=True)
         return (x.shape[0], *(size + sum(pair) for size, pair in sizes), x.shape[-1])
 
-    def ranges(self, x: Tensor) -> list[tuple[tuple[int, int, int], ...]]:
-        """Where each tap lies in padded x, in row-major order."""
-        n, *sizes, c = self.padded(x)
-        axes = list(zip(sizes, self.kernel, self.stride, self.dilation, strict=True))
-        outs = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in axes]
-        places = [
-            [(t * d, out, s) for t in range(k)]
-            for out, (_, k, s, d) in zip(outs, axes, strict=True)
-        ]
-        return [((0, n, 1), *tap, (0, c, 1)) for tap in product(*places)]
+    def ranges(self, x: Tensor) -> list[Ranges]:
+        """Where each tap lies in padded x."""
+        return tap_ranges(self.padded(x), self.kernel, self.stride, self.dilation)
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """x at each tap, (n, *out, c)."""
@@ -60,9 +53,7 @@ class Pool(Composite):
 
     def put_back(self, parts: Sequence[Tensor], x: Tensor) -> Tensor:
         """dx, from the taps' gradients."""
-        pairs = zip(self.ranges(x), parts, strict=True)
-        found = [Unslice(ranges, self.padded(x))(part) for ranges, part in pairs]
-        return self.cut(reduce(Tensor.__add__, found), x)
+        return self.cut(put_back(parts, self.ranges(x), self.padded(x)), x)
 
     def cut(self, y: Tensor, x: Tensor) -> Tensor:
         """The part of y, which begins as padded x does and may end before it, that is x's."""
@@ -96,10 +87,6 @@ class MaxPool(Pool):
 
     filler = -inf
     reads_output = True
-    kernel: Sizes
-    stride: Sizes
-    pads: Pairs
-    dilation: Sizes
 
     def expand(self, x: Tensor) -> Tensor:
         return reduce(maximum, self.taps(x))
@@ -121,10 +108,6 @@ class AvgPool(Pool):
     """y[n, o..., c] = sum over t of x[n, o * stride + t * dilation - padding..., c] / divisor;
     dx = dy / divisor, added where windows overlap"""
 
-    kernel: Sizes
-    stride: Sizes
-    pads: Pairs
-    dilation: Sizes
     divisor: float
 
     def expand(self, x: Tensor) -> Tensor:
@@ -177,7 +160,7 @@ class Pooling:
         self.stride = per_axis(name, "stride", kernel if stride is None else stride, count, 1)
         self.padding = per_axis(name, "padding", padding, count, 0)
         self.dilation = per_axis(name, "dilation", dilation, count, 1)
-        spans = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+        spans = spans_of(self.kernel, self.dilation)
         fits = all(p <= span // 2 for p, span in zip(self.padding, spans, strict=True))
         half = f"padding of at most half the window's {spans}"
         expect(fits, f"{name}: expected {half}; received {self.padding}")

@@ -7,12 +7,12 @@ themselves drop the reduced axes; `keepdims` is a reshape.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from needle.array.spec import Spec, as_axes, as_axis
-from needle.autograd import Tensor, TensorOp, no_grad, op_name, primitive
+from needle.autograd import Tensor, TensorOp, no_grad, op_name, primitive, with_fields
 from needle.dtype import FLOATS, bool_, int64
 from needle.errors import expect
 from needle.ops.elementwise import Operand, as_float, as_tensor, astype, equal, where, widened
@@ -41,6 +41,7 @@ def keep(y: Tensor, x: Tensor, axes: tuple[int, ...], keepdims: bool) -> Tensor:
     return reshape(y, with_ones(x.shape, axes)) if keepdims else y
 
 
+@with_fields
 class Reduction(TensorOp):
     """y = x reduced over sorted axes, which are dropped."""
 
@@ -99,7 +100,6 @@ class Extreme(Reduction):
 class Max(Extreme):
     """y = the largest element over axes;  dx = dy / (number of largest) where x is largest"""
 
-    axes: tuple[int, ...]
     function = np.maximum
 
 
@@ -107,7 +107,6 @@ class Max(Extreme):
 class Min(Extreme):
     """y = the smallest element over axes;  dx = dy / (number of smallest) where x is smallest"""
 
-    axes: tuple[int, ...]
     function = np.minimum
 
 
@@ -159,10 +158,12 @@ def prod(x: Operand, axes: Any = None, *, axis: Any = None, keepdims: bool = Fal
     return keep(reshape(y, kept), x, found, keepdims)
 
 
+@with_fields
 class ArgExtreme(TensorOp):
     """The int64 index of the first extreme element along an axis (the first NaN if there is one);
     no gradient."""
 
+    function: ClassVar[Any]
     axis: int
 
     def infer(self, x: Spec) -> Spec:
@@ -171,27 +172,22 @@ class ArgExtreme(TensorOp):
         expect(x.shape[axis], f"{name}: expected at least one element {along}")
         return Spec(without(x.shape, [axis]), int64)
 
+    def compute(self, x: np.ndarray) -> np.ndarray:
+        return self.function(x, self.axis)
+
 
 @primitive
 class ArgMax(ArgExtreme):
     """y = the index of the largest element along an axis"""
 
-    name = "argmax"
-    axis: int
-
-    def compute(self, x: np.ndarray) -> np.ndarray:
-        return np.argmax(x, self.axis)
+    name, function = "argmax", staticmethod(np.argmax)
 
 
 @primitive
 class ArgMin(ArgExtreme):
     """y = the index of the smallest element along an axis"""
 
-    name = "argmin"
-    axis: int
-
-    def compute(self, x: np.ndarray) -> np.ndarray:
-        return np.argmin(x, self.axis)
+    name, function = "argmin", staticmethod(np.argmin)
 
 
 def arg_extreme(kind: Any, x: Operand, axis: int | None, keepdims: bool) -> Tensor:

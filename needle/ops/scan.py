@@ -16,9 +16,11 @@ its uses:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from needle.ops.elementwise import StopGradient
 from needle.ops.movement import Permute, Reshape, Transpose, broadcast_to, permute, reshape
 from needle.ops.reduce import Summation, summation
 from needle.ops.tuples import MakeTensorTuple, Together, tuple_get_item
+from needle.site import Site
 
 
 class Step(NamedTuple):
@@ -43,6 +46,13 @@ class Step(NamedTuple):
     keeps: bool  # whether the result has history
     several: bool  # whether it is a tuple
 
+    def node(self, parts: Sequence[Any]) -> Any:
+        """The op's node on values."""
+        if type(self.op) is BroadcastMatMul:  # so that the product is seen
+            return self.op.expand(*parts)
+        kind: Any = TensorTuple if self.several else Tensor
+        return kind.make_from_op(self.op, parts)
+
 
 class Segment(NamedTuple):
     """Values that follow from inputs: those come first, then the result of each step."""
@@ -51,17 +61,13 @@ class Segment(NamedTuple):
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
 
-    def values(self, inputs: Iterable[Any]) -> list[Any]:
+    def values(self, inputs: Iterable[Any], origins: Iterable[Any] = ()) -> list[Any]:
         """All values, as nodes above the inputs, with history where the steps keep it."""
         found, keeps = list(inputs), MODE.grad
-        for op, sources, keep, several in self.steps:
-            parts = [found[place] for place in sources]
-            with autograd.mode(grad=keeps and keep):
-                if type(op) is BroadcastMatMul:  # so that the product is seen
-                    found.append(op.expand(*parts))
-                else:
-                    kind: Any = TensorTuple if several else Tensor
-                    found.append(kind.make_from_op(op, parts))
+        for step, origin in zip_longest(self.steps, origins):
+            parts = [found[place] for place in step.sources]
+            with autograd.mode(grad=keeps and step.keeps, origin=origin):
+                found.append(step.node(parts))
         return found
 
     def specs(self, inputs: Iterable[Spec]) -> list[Any]:
@@ -76,13 +82,10 @@ class Segment(NamedTuple):
 
 def segment_of(
     outputs: Sequence[Any], inputs: Sequence[Any], reads: Callable[[Any], Sequence[Any]]
-) -> tuple[Segment, list[Any]]:
-    """What makes the outputs of the inputs, and the leaves that it reads besides, which follow the
-    inputs. reads: what a value is made of, nothing for a leaf."""
-    order: list[Any] = []
-    visited: set[Value] = set(inputs)
-    for y in outputs:
-        autograd.visit(y, visited, order, reads)
+) -> tuple[Segment, list[Any], list[Any]]:
+    """What makes the outputs of the inputs; the leaves that it reads besides, which follow the
+    inputs; and the values of the steps. reads: what a value is made of, nothing for a leaf."""
+    order = autograd.post_order(outputs, reads, inputs)
     leaves = [x for x in order if not reads(x)]
     places = {x: number for number, x in enumerate((*inputs, *leaves))}
     steps = []
@@ -93,12 +96,70 @@ def segment_of(
             steps.append(Step(op, sources, x.requires_grad, isinstance(x, TensorTuple)))
             places[x] = len(places)
     count = len(inputs) + len(leaves)
-    return Segment(count, tuple(steps), tuple([places[y] for y in outputs])), leaves
+    segment = Segment(count, tuple(steps), tuple([places[y] for y in outputs]))
+    return segment, leaves, list(places)[count:]
 
 
 def below(x: Any) -> Sequence[Any]:
     """What a node of a composite's trace is made of."""
     return x.inputs if x.cached_data is None else ()
+
+
+class Origin(NamedTuple):
+    """Where a step comes from, which is no part of an op: kept apart, while somebody watches.
+
+    place: a Site, or words; in an Adjoint the number of the forward value that it stands for, and
+    whether it is part of its gradient.
+    """
+
+    place: Any = None
+    inside: Sequence[Origin] = ()  # of a Scan: its body's steps
+
+    @property
+    def is_known(self) -> bool:
+        return isinstance(self.place, (Site, str))
+
+    def __str__(self) -> str:
+        return self.place if isinstance(self.place, str) else f"at {self.place}"
+
+
+NOWHERE = Origin((-1, False))
+ORIGINS: WeakKeyDictionary[Value, Sequence[Origin]] = WeakKeyDictionary()  # of Scans' steps
+
+
+def traced_back(op: Scan, known: Sequence[Origin], origins: Iterable[Origin]) -> list[Origin]:
+    """The origins of an Adjoint's steps, by those of the forward scan's."""
+    found = []
+    for (number, is_gradient), inside in origins:
+        step = number - op.body.inputs
+        if step < 0:
+            found.append(Origin())
+        elif is_gradient:
+            one, before = op.body.steps[step].op, known[step]
+            nested = traced_back(one, before.inside, inside) if before.inside else ()
+            words = f"in the gradient of {autograd.op_name(one)} computed {before}"
+            found.append(Origin(words, nested))
+        else:
+            found.append(known[step])
+    return found
+
+
+def turns_of(op: Scan, inputs: Sequence[Any], origins: Iterable[Any]) -> Iterator[int]:
+    """Each turn, whose body then runs op by op on the inputs, for those who watch nodes."""
+    count, carried = op.carries + op.xs, list(inputs[: op.carries])
+    for turn in op.places:
+        yield turn
+        with autograd.mode(grad=False, autocast=None, backward_of=None, origin=None):
+            elements = [element(x, turn) for x in inputs[op.carries : count]]
+            values = op.body.values([*carried, *elements, *inputs[count:]], origins)
+            for x in values if MODE.trace is None else ():
+                x.realize_cached_data()
+            carried = [values[n] for n in op.body.outputs[: op.carries]]
+
+
+def element(x: Any, turn: int) -> Any:
+    known = MODE.trace is None and x.cached_data is not None
+    return Tensor.make_const(x.cached_data[turn]) if known else x[turn]
 
 
 @primitive
@@ -169,21 +230,25 @@ def wanted(inputs: Sequence[Any]) -> tuple[bool, ...]:
 
 def loop(
     body: Segment, carries: Sequence[Any], xs: Sequence[Any], captured: Sequence[Any], length: int,
-    reverse: bool = False, save: str = "",
+    reverse: bool = False, save: str = "", origins: Sequence[Origin] = (),
 ) -> list[Any]:  # fmt: skip
     """The results of a Scan, without what does not change from turn to turn, which is computed
     before. save: what is kept for backward where there may be one: "all", "carries" (the rest is
-    computed again) or nothing (all is)."""
-    body, captured = hoist(body, len(carries) + len(xs), captured)
+    computed again) or nothing (all is). origins: of the steps, where somebody watches."""
+    body, captured, origins = hoist(body, len(carries) + len(xs), captured, origins)
     op, inputs = Scan(body, len(carries), len(xs), length, reverse), (*carries, *xs, *captured)
     if save and MODE.grad and any(x.requires_grad for x in inputs):
         numbers = saved_by(op, tuple(map(spec_of, inputs)), wanted(inputs), save)
         more = body.with_outputs((*body.outputs, *numbers))
         op = Scan(more, len(carries), len(xs), length, reverse, len(numbers))
-    return list(op(*inputs)[: len(body.outputs)])
+    with autograd.mode(origin=Origin(None, origins)):
+        found = op(*inputs)
+    return list(found[: len(body.outputs)])
 
 
-def hoist(body: Segment, changing: int, captured: Sequence[Any]) -> tuple[Segment, list[Any]]:
+def hoist(
+    body: Segment, changing: int, captured: Sequence[Any], origins: Sequence[Origin]
+) -> tuple[Segment, list[Any], Sequence[Origin]]:
     """The body without the steps that do not depend on its first inputs, and what it then reads;
     captured tensors that nobody reads are left out."""
     varies = [place < changing for place in range(body.inputs)]
@@ -194,20 +259,17 @@ def hoist(body: Segment, changing: int, captured: Sequence[Any]) -> tuple[Segmen
     reads = [n for number, step in steps if varies[number] for n in step.sources]
     used = [n for n in dict.fromkeys((*reads, *body.outputs)) if not varies[n]]
     if any(body.steps[n - body.inputs].several for n in used if n in fixed):
-        return body, list(captured)
-    before = Segment(len(captured), (), ())
-    if fixed:
-        places = {n + changing: n for n in range(len(captured))}
-        places |= {n: number for number, n in enumerate(sorted(fixed), len(captured))}
-        moved = [
-            step._replace(sources=tuple([places[x] for x in step.sources]))
-            for n, step in steps
-            if n in fixed
-        ]
-        before = before._replace(steps=tuple(moved))
-    else:
-        places = {n + changing: n for n in range(len(captured))}
-    values = before.values(captured)
+        return body, list(captured), origins
+    places = {n + changing: n for n in range(len(captured))}
+    places |= {n: number for number, n in enumerate(sorted(fixed), len(captured))}
+    before = [
+        step._replace(sources=tuple([places[x] for x in step.sources]))
+        for n, step in steps
+        if n in fixed
+    ]
+    at = dict(enumerate(origins, body.inputs))
+    known = [at[n] for n in sorted(fixed) if at]
+    values = Segment(len(captured), tuple(before), ()).values(captured, known)
     inputs = [*range(changing), *used]
     new = {n: number for number, n in enumerate(inputs)}
     rest: list[Step] = []
@@ -216,7 +278,9 @@ def hoist(body: Segment, changing: int, captured: Sequence[Any]) -> tuple[Segmen
             new[n] = len(inputs) + len(rest)
             rest.append(step._replace(sources=tuple([new[x] for x in step.sources])))
     outputs = tuple([new[n] for n in body.outputs])
-    return Segment(len(inputs), tuple(rest), outputs), [values[places[n]] for n in used]
+    body = Segment(len(inputs), tuple(rest), outputs)
+    left = [origin for n, origin in at.items() if varies[n]]
+    return body, [values[places[n]] for n in used], left
 
 
 # The gradient
@@ -252,6 +316,7 @@ class Adjoint(NamedTuple):
     constants: tuple[Any, ...]
     parts: tuple[tuple[Any, ...], ...]  # of each input
     reads: tuple[int, ...]  # values of the forward scan that are read by whoever
+    origins: tuple[Origin, ...]  # of the body's steps
 
     def pull(self, op: Scan, node: Any, out_grad: Any, kept: Sequence[int]) -> tuple[Any, ...]:
         """The gradients of a node's inputs."""
@@ -264,7 +329,9 @@ class Adjoint(NamedTuple):
         xs = [*(out_grad[n] for n in self.ys), *(sources[n] for n in self.stacks)]
         constants = [x if x.device is device else x.to(device) for x in self.constants]
         captured = [*(inputs[n] for n in self.captured), *constants]
-        found = loop(self.body, begin, xs, captured, op.length, not op.reverse)
+        known = ORIGINS.get(node)
+        origins = traced_back(op, known, self.origins) if known else self.origins
+        found = loop(self.body, begin, xs, captured, op.length, not op.reverse, "", origins)
         stacks = found[len(begin) :]
 
         def stack_of(use: Use) -> Any:
@@ -276,8 +343,8 @@ class Adjoint(NamedTuple):
             if isinstance(part, Use):
                 return stack_of(part)
             op, *uses = part
-            stacks = map(stack_of, uses)
-            return added_up(*stacks) if op is None else ACROSS[type(op)](op, *stacks)
+            stacks = [*map(stack_of, uses)]
+            return summation(stacks[0], (0,)) if op is None else ACROSS[type(op)](op, *stacks)
 
         grads = [[total(part) for part in parts] for parts in self.parts]
         return tuple([autograd.add_partials(parts) if parts else None for parts in grads])
@@ -293,11 +360,6 @@ class Adjoint(NamedTuple):
             again = Scan(body, op.carries, op.xs, op.length, op.reverse)(*node.inputs)
             found |= {n: again[op.carries + place] for place, n in enumerate(missing)}
         return found
-
-
-def added_up(x: Any) -> Any:
-    """The sum over turns of x."""
-    return summation(x, (0,))
 
 
 def sum_across(op: Summation, x: Any) -> Any:
@@ -348,11 +410,17 @@ def adjoint(
 class Derivation:
     """A body and its gradient as one graph, which is cut between the two."""
 
+    is_lazy = True  # as a Record of ../recompute.py
+
     def __init__(self, op: Scan, specs: Any, wanted: Any, given: Any) -> None:
         self.op = op
         pairs = zip(op.inner(specs), wanted, strict=False)
         self.leaves = [placeholder(x, y or n < op.carries) for n, (x, y) in enumerate(pairs)]
         self.values = op.body.values(self.leaves)
+        self.origins: dict[Value, Origin] = {}
+        for n, x in enumerate(self.values):
+            fresh = autograd.post_order([x], below, self.origins)
+            self.origins |= dict.fromkeys(fresh, Origin((n, False)))
         self.numbers = {x: n for n, x in reversed([*enumerate(self.values)])}
         outputs = [self.values[n] for n in op.body.outputs]
         self.carries = [n for n in range(op.carries) if self.leaves[n].requires_grad]
@@ -362,8 +430,14 @@ class Derivation:
         self.grads = grads
         seeds = [(outputs[n], dy) for n, dy in grads.items() if outputs[n].requires_grad]
         ends = {x for x in self.leaves if x.requires_grad}
-        self.parts = autograd.parts_below([y for y, _ in seeds], [dy for _, dy in seeds], ends)
+        with autograd.mode(record=self):
+            self.parts = autograd.parts_below([y for y, _ in seeds], [dy for _, dy in seeds], ends)
         self.stacked: dict[Any, int] = {}  # values of the gradient that its scan stacks
+
+    def note(self, x: Value, op: Op, inputs: Sequence[Value]) -> None:
+        """A node of the gradient was made."""
+        (number, _), _ = self.origins.get(MODE.backward_of, NOWHERE)  # type: ignore[arg-type]
+        self.origins[x] = Origin((number, True), MODE.origin.inside if MODE.origin else ())
 
     def cut(self, kept: Sequence[int] | None) -> Adjoint:
         op, leaves, values = self.op, self.leaves, self.values
@@ -404,7 +478,8 @@ class Derivation:
         captured = [n for n in read if n in range(count, size)]
         inputs = [*first, *(self.values[n] for n in (*stacks, *captured))]
         ends = {*inputs, *self.stops}
-        body, constants = segment_of(results, inputs, lambda x: () if x in ends else below(x))
+        found = segment_of(results, inputs, lambda x: () if x in ends else below(x))
+        body, constants, made = found
         steps = tuple([step._replace(keeps=True) for step in body.steps])
         uses = [x for each in parts for part in each if isinstance(part, tuple) for x in
                 (part if not isinstance(part, Use) else [part]) if isinstance(x, Use)]  # fmt: skip
@@ -413,6 +488,7 @@ class Derivation:
             tuple([x.spec for x in first[carries - sums : carries]]), tuple(self.ys),
             tuple(stacks), tuple(captured), tuple(constants), tuple(parts),
             tuple(sorted({*stacks, *(x.number for x in uses if x.is_forward)})),
+            tuple([self.origins.get(x, NOWHERE) for x in made]),
         )  # fmt: skip
 
     def carried(self, n: int) -> Any:
@@ -462,8 +538,5 @@ def is_kept(x: Any) -> bool:
 
 def reached(roots: Sequence[Any], stops: Collection[Any]) -> list[Any]:
     """Of the stops, those that the roots depend on."""
-    order: list[Any] = []
-    visited: set[Any] = set()
-    for root in roots:
-        autograd.visit(root, visited, order, lambda x: () if x in stops else below(x))
+    order = autograd.post_order(roots, lambda x: () if x in stops else below(x))
     return [x for x in order if x in stops]

@@ -25,11 +25,8 @@ NUMBERS: dict[str, Kind] = {
         ("a number of at least 0, or inf", lambda x: x >= 0, "max_norm value"),
         ("a number above 0, or inf", lambda x: x > 0, "norm_type"),
         ("an integer of at least 0", lambda x: x >= 0 and x % 1 == 0, "patience cooldown"),
-        (
-            "an integer of at least 0",
-            lambda x: x >= 0 and x % 1 == 0,
-            "warmup_steps _growth_tracker",
-        ),
+        ("an integer of at least 0", lambda x: x >= 0 and x % 1 == 0, "warmup_steps"),
+        ("an integer of at least 0", lambda x: x >= 0 and x % 1 == 0, "_growth_tracker"),
         ("an integer of at least 1", lambda x: x >= 1 and x % 1 == 0, "total_steps step_size"),
         ("an integer of at least 1", lambda x: x >= 1 and x % 1 == 0, "growth_interval"),
     )

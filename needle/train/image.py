@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from needle.data.picture import as_rgb, decode_picture
+from needle.data.picture import as_rgb, decode_picture, in_bytes
 from needle.files import AnyPath
 
 NEAR = 512  # pixels along a side; a picture of at least twice as many first shrinks by a factor
@@ -52,8 +52,8 @@ def make_grey(pillow: Any, image: Any) -> Any:
 
     What is transparent becomes black where what can be seen is light on the whole, else white.
     """
-    if image.mode.startswith("I"):  # 16 bits, also where Pillow holds them in 32
-        return pillow.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        return in_bytes(pillow, image)
     rgba = image.convert("RGBA").reduce(max(1, min(image.size) // NEAR))
     opacity = np.asarray(rgba.getchannel("A")) + 1e-9
     light = np.average(np.asarray(rgba.convert("L")), weights=opacity)

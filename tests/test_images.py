@@ -61,6 +61,25 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[[Any], Any], tuple[in
         lambda t: t.Conv2d(4, 8, 3, 2, 1, groups=4),
         IMAGE,
     ),
+    "conv1d reflect": (
+        lambda **k: nn.Conv1d(4, 6, 3, 2, 3, padding_mode="reflect", **D, **k),
+        lambda t: t.Conv1d(4, 6, 3, 2, 3, padding_mode="reflect"),
+        (2, 4, 9),
+    ),
+    "conv2d circular, same, dilation": (
+        lambda **k: nn.Conv2d(
+            4, 6, (4, 3), padding="same", dilation=2, groups=2, padding_mode="circular", **D, **k
+        ),
+        lambda t: t.Conv2d(
+            4, 6, (4, 3), padding="same", dilation=2, groups=2, padding_mode="circular"
+        ),
+        IMAGE,
+    ),
+    "conv3d replicate": (
+        lambda **k: nn.Conv3d(2, 3, 3, (1, 2, 1), (1, 4, 0), padding_mode="replicate", **D, **k),
+        lambda t: t.Conv3d(2, 3, 3, (1, 2, 1), (1, 4, 0), padding_mode="replicate"),
+        (2, 2, 3, 4, 3),
+    ),
     "conv3d": (
         lambda **k: nn.Conv3d(2, 3, (2, 3, 1), (1, 2, 1), (1, 0, 0), **D, **k),
         lambda t: t.Conv3d(2, 3, (2, 3, 1), (1, 2, 1), (1, 0, 0)),
@@ -353,7 +372,23 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: nn.Conv2d(3, 4, 9)(ndl.ones(1, 3, 8, 8)), "conv: expected padded sizes of at least"),
     (lambda: nn.Conv2d(3, 4, 3, groups=2), "Conv2d: expected channels that groups divide"),
-    (lambda: nn.Conv2d(3, 4, 3, padding_mode="reflect"), "expected padding_mode='zeros'"),
+    (
+        lambda: nn.Conv2d(3, 4, 3, padding_mode="mirror"),
+        "Conv2d: expected padding_mode to be one of zeros, reflect, replicate, circular; "
+        "received 'mirror'",
+    ),
+    (
+        lambda: nn.ConvTranspose2d(3, 4, 3, padding_mode="reflect"),
+        "ConvTranspose2d: expected padding_mode to be one of zeros; received 'reflect'",
+    ),
+    (
+        lambda: nn.Conv2d(3, 4, 3, padding=3, padding_mode="reflect")(ndl.ones(1, 3, 4, 3)),
+        r"pad: expected 'reflect' widths of at most 2 for size 3; received \(3, 3\)",
+    ),
+    (
+        lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")(ndl.ones(3, 8, 8)),
+        r"conv2d: expected images of shape \(n, channels, height, width\); received \(3, 8, 8\)",
+    ),
     (lambda: nn.Conv2d(3, 4, (3, 3, 3)), "Conv2d: expected kernel_size to be one integer or 2"),
     (lambda: nn.Conv3d(3, 4, 0), "Conv3d: expected kernel_size"),
     (
@@ -544,7 +579,7 @@ def small_network() -> nn.Module:
         return nn.Sequential(first, nn.BatchNorm2d(outputs), nn.ReLU())
 
     return nn.Sequential(
-        part(3, 8, stride=2), nn.Residual(part(8, 8, groups=2)), nn.MaxPool2d(3, 2, 1),
+        part(3, 8, stride=2), nn.Residual(part(8, 8, groups=2, padding_mode="reflect")), nn.MaxPool2d(3, 2, 1),
         nn.ConvTranspose2d(8, 6, 3, 2), nn.InstanceNorm2d(6, affine=True), nn.AvgPool2d(2),
         nn.Upsample(scale_factor=2), nn.Upsample((5, 6), mode="bilinear"), nn.MaxPool2d(2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),

@@ -286,18 +286,32 @@ def batch_norm(
 
 
 def instance_norm(
-    x: Operand, weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
+    x: Operand, running_mean: Maybe = None, running_var: Maybe = None, weight: Maybe = None,
+    bias: Maybe = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
     channels_last: bool = False,
 ) -> Tensor:  # fmt: skip
     """y = (x - mean) / sqrt(var + eps) * weight + bias per sample and channel of x (n, channels,
-    *sizes); var is biased. (Ulyanov et al., 2016)
+    *sizes); var is biased.
+
+    With use_input_stats the running ones, where given, move as batch_norm's do, towards the means
+    over the samples; without, they stand for mean and var. (Ulyanov et al., 2016)
     """
     x = as_float(x)
     expect(x.ndim > 2, f"instance_norm: expected x of shape (n, channels, *sizes); got {x.shape}")
     images = x if channels_last else to_last(x)
     n, *sizes, channels = images.shape
+    running = {"running_mean": running_mean, "running_var": running_var}
+    check_shapes("instance_norm", (channels,), **running)
     affine = affine_of("instance_norm", (channels,), weight, bias)
+    if not use_input_stats:
+        given = None not in running.values()
+        expect(given, "instance_norm: expected running_mean and running_var in evaluation")
+        return batch_norm(x, running_mean, running_var, weight, bias, False, 0, eps, channels_last)
     places = images.reshape((n, math.prod(sizes), channels))
+    for old, statistic in ((running_mean, normalize.mean), (running_var, normalize.var)):
+        if old is not None:
+            new = statistic(places.detach(), 1).mean(0).to(old.dtype)
+            old.data = old * (1 - momentum) + new * momentum
     y = normalize.InstanceNorm(float(eps))(places, *affine).reshape(images.shape)
     return y if channels_last else to_first(y)
 

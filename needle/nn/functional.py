@@ -7,6 +7,7 @@ Most are ops under the names that the field gives them here. Functions of images
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -180,15 +181,50 @@ def scaled_dot_product_attention(
     return attend(query, key, value, attn_mask, dropout_p, scale)[0]
 
 
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How `rotary` turns in a context longer than the one that a model was first trained with.
+
+    Each frequency f becomes f / factor ("linear": Chen et al., 2023). Given the rest, too, f stays
+    where it makes more than high_freq_factor turns in original_max_position_embeddings places, is
+    divided where it makes fewer than low_freq_factor, and goes over evenly between ("llama3":
+    Grattafiori et al., 2024). ValueError for numbers that are not above 0, or low not below high.
+    """
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        factor, *band = astuple(self)
+        fits = factor > 0 and (band == [None] * 3 or None not in band)
+        fits = fits and (None in band or (min(band) > 0 and band[0] < band[1]))
+        expected = (
+            "factor above 0, alone or with 0 < low_freq_factor < high_freq_factor and a length"
+        )
+        expect(fits, f"rotary: expected {expected}; received {self}")
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        """The frequencies as they become."""
+        factor, low, high, length = astuple(self)
+        if length is None:
+            return frequencies / factor
+        turns = frequencies * length / (2 * math.pi)
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (share + (1 - share) / factor)
+
+
 @cache
-def frequencies(dim: int, base: float) -> np.ndarray:
+def frequencies(dim: int, base: float, scaling: RotaryScaling | None = None) -> np.ndarray:
     expect(dim % 2 == 0, f"positions: expected an even dimension; received {dim}")
-    return base ** (-np.arange(0, dim, 2) / dim)
+    found = base ** (-np.arange(0, dim, 2) / dim)
+    return found if scaling is None else scaling(found)
 
 
-def waves(positions: Tensor, dim: int, base: float, dtype: Any) -> tuple[Tensor, Tensor]:
-    """sin and cos of positions (T,) times base^(-2i / dim): (T, dim / 2) each, by float64."""
-    own = Tensor(frequencies(dim, base), device=positions.device, requires_grad=False)
+def waves(positions: Tensor, dtype: Any, *settings: Any) -> tuple[Tensor, Tensor]:
+    """sin and cos of positions (T,) times the frequencies: (T, dim / 2) each, by float64."""
+    own = Tensor(frequencies(*settings), device=positions.device, requires_grad=False)
     angles = positions.to("float64").unsqueeze(-1) * own
     return sin(angles).to(dtype), cos(angles).to(dtype)
 
@@ -200,15 +236,18 @@ def sinusoidal(
 
     (Vaswani et al., 2017)
     """
-    return stack(waves(positions, dim, base, dtype), -1).reshape((*positions.shape, dim))
+    return stack(waves(positions, dtype, dim, base), -1).reshape((*positions.shape, dim))
 
 
-def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """x (..., T, d) with its pairs (x[i], x[i + d/2]) turned by t base^(-2i / d), positions (T,).
+def rotary(
+    x: Tensor, positions: Tensor, base: float = 10000.0, scaling: RotaryScaling | None = None
+) -> Tensor:
+    """x (..., T, d) with its pairs (x[i], x[i + d/2]) turned by t base^(-2i / d), positions (T,);
+    scaling: what becomes of these frequencies, base^(-2i / d).
 
     Products of queries and keys so turned depend on their distance alone. (Su et al., 2021)
     """
-    sines, cosines = waves(positions, x.shape[-1], base, x.dtype)
+    sines, cosines = waves(positions, x.dtype, x.shape[-1], base, scaling)
     a, b = split(x, -1, (x.shape[-1] // 2,) * 2)
     return concatenate([a * cosines - b * sines, b * cosines + a * sines], -1)
 

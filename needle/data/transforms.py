@@ -141,12 +141,9 @@ class ColorJitter(Transform):
     """
 
     def __init__(
-        self,
-        brightness: float = 0.0,
-        contrast: float = 0.0,
-        saturation: float = 0.0,
+        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0,
         hue: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
         self.hue = hue
         fits = all(0 <= each <= 1 for each in vars(self).values()) and hue <= 0.5

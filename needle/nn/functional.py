@@ -199,11 +199,9 @@ class RotaryScaling:
     def __post_init__(self) -> None:
         factor, *band = astuple(self)
         fits = factor > 0 and (band == [None] * 3 or None not in band)
-        fits = fits and (None in band or (min(band) > 0 and band[0] < band[1]))
-        expected = (
-            "factor above 0, alone or with 0 < low_freq_factor < high_freq_factor and a length"
-        )
-        expect(fits, f"rotary: expected {expected}; received {self}")
+        fits = fits and (None in band or (0 < band[0] < band[1] and band[2] > 0))
+        expected = "factor above 0, alone or with low_freq_factor < high_freq_factor and a length"
+        expect(fits, f"rotary: expected {expected}, above 0; received {self}")
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         """The frequencies as they become."""

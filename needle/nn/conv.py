@@ -89,12 +89,10 @@ class Convolution(Module):
         """x padded with elements of its own."""
         name, first = type(self).__name__, 1 if self.channels_last else 2
         sizes = x.shape[first : first + self.ndim]
-        stride, dilation = (
-            per_axis(name, what, getattr(self, what), self.ndim, 1)
-            for what in ("stride", "dilation")
-        )
-        spans = spans_of(self.kernel_size, dilation)
-        pairs = as_pairs(name, settled(self.padding), sizes, spans, stride)
+        stride = per_axis(name, "stride", self.stride, self.ndim, 1)
+        dilation = per_axis(name, "dilation", self.dilation, self.ndim, 1)
+        spans, padding = spans_of(self.kernel_size, dilation), settled(self.padding)
+        pairs = as_pairs(name, padding, sizes, spans, stride)
         widths = [(0, 0)] * first + [*pairs] + [(0, 0)] * (2 - first)
         return pad(x, widths, mode=self.padding_mode)
 

@@ -470,6 +470,17 @@ MOVEMENT = [
         lambda t, x: t.nn.functional.pad(x, (0, 1, 0, 1)),
         case="pairs",
     ),
+    *(
+        Row(
+            "pad",
+            lambda x, mode=mode: ops.pad(x, ((0, 0), (1, 0), (3, 2)), mode=mode),
+            lambda x, name=name: np.pad(x, ((0, 0), (1, 0), (3, 2)), name),
+            (Input((2, 3, 4)),),
+            lambda t, x, mode=mode: t.nn.functional.pad(x[None], (3, 2, 1, 0), mode=mode)[0],
+            case=mode,
+        )
+        for mode, name in (("reflect", "reflect"), ("replicate", "edge"), ("circular", "wrap"))
+    ),
     Row("dilate", lambda x: ops.dilate(x, 1, 2), lambda x: spaced(x, 1, 2), (MATRIX,)),
     Row("undilate", lambda x: ops.undilate(x, (0,), 1), lambda x: x[::2], (Input((5, 4)),)),
     Row(

@@ -143,6 +143,36 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"pad: expected sizes of at least 0; received \(-1, -1\)",
     ),
+    "pad, mode": (
+        lambda: ndl.pad(V, 1, mode="edge"),
+        ValueError,
+        "pad: expected a mode of constant, reflect, replicate, circular; received 'edge'",
+    ),
+    "pad, a value that no mode but one has": (
+        lambda: ndl.pad(V, 1, 2.0, mode="reflect"),
+        ValueError,
+        "pad: expected no value with 'reflect'; received 2.0",
+    ),
+    "pad, reflect": (
+        lambda: ndl.pad(M, [(1, 0), (0, 3)], mode="reflect"),
+        ValueError,
+        r"pad: expected 'reflect' widths of at most 2 for size 3; received \(0, 3\)",
+    ),
+    "pad, circular": (
+        lambda: ndl.pad(M, [(3, 0), (0, 0)], mode="circular"),
+        ValueError,
+        r"pad: expected 'circular' widths of at most 2 for size 2; received \(3, 0\)",
+    ),
+    "pad, replicate": (
+        lambda: ndl.pad(ndl.ones(2, 0), 1, mode="replicate"),
+        ValueError,
+        r"pad: expected 'replicate' widths of at most 0 for size 0; received \(1, 1\)",
+    ),
+    "pad, mode and pairs": (
+        lambda: ndl.pad(M, [(1, 1)], mode="replicate"),
+        ValueError,
+        r"pad: expected 2 pairs of widths.*; received \(\(1, 1\),\)",
+    ),
     "tile": (
         lambda: ndl.tile(V, -1),
         ValueError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -61,6 +62,25 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[[Any], Any], tuple[in
         lambda t: t.Conv2d(4, 8, 3, 2, 1, groups=4),
         IMAGE,
     ),
+    "conv1d reflect": (
+        lambda **k: nn.Conv1d(4, 6, 3, 2, 3, padding_mode="reflect", **D, **k),
+        lambda t: t.Conv1d(4, 6, 3, 2, 3, padding_mode="reflect"),
+        (2, 4, 9),
+    ),
+    "conv2d circular, same, dilation": (
+        lambda **k: nn.Conv2d(
+            4, 6, (4, 3), padding="same", dilation=2, groups=2, padding_mode="circular", **D, **k
+        ),
+        lambda t: t.Conv2d(
+            4, 6, (4, 3), padding="same", dilation=2, groups=2, padding_mode="circular"
+        ),
+        IMAGE,
+    ),
+    "conv3d replicate": (
+        lambda **k: nn.Conv3d(2, 3, 3, (1, 2, 1), (1, 4, 0), padding_mode="replicate", **D, **k),
+        lambda t: t.Conv3d(2, 3, 3, (1, 2, 1), (1, 4, 0), padding_mode="replicate"),
+        (2, 2, 3, 4, 3),
+    ),
     "conv3d": (
         lambda **k: nn.Conv3d(2, 3, (2, 3, 1), (1, 2, 1), (1, 0, 0), **D, **k),
         lambda t: t.Conv3d(2, 3, (2, 3, 1), (1, 2, 1), (1, 0, 0)),
@@ -115,6 +135,16 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[[Any], Any], tuple[in
         lambda **k: nn.InstanceNorm3d(2, affine=True, **D, **k),
         lambda t: t.InstanceNorm3d(2, affine=True),
         (2, 2, 3, 4, 2),
+    ),
+    "instance norm 2d, running statistics": (
+        lambda **k: nn.InstanceNorm2d(4, 1e-3, 0.3, True, True, **D, **k),
+        lambda t: t.InstanceNorm2d(4, 1e-3, 0.3, True, True),
+        IMAGE,
+    ),
+    "instance norm 1d, running statistics, evaluation": (
+        lambda **k: nn.InstanceNorm1d(4, track_running_stats=True, **D, **k).eval(),
+        lambda t: t.InstanceNorm1d(4, track_running_stats=True).eval(),
+        (2, 4, 9),
     ),
     "max pool 1d": (
         lambda **k: nn.MaxPool1d(3, 2, 1, ceil_mode=True, **k),
@@ -326,6 +356,30 @@ def test_running_statistics_of_images_are_biased() -> None:
     np.testing.assert_allclose(layer.running_var.numpy(), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_running_statistics_of_instances(channels_last: bool, torch: ModuleType) -> None:
+    order = {"channels_last": channels_last}
+    layer = nn.InstanceNorm2d(3, momentum=0.2, track_running_stats=True, **D, **order)
+    other = torch.nn.InstanceNorm2d(3, momentum=0.2, track_running_stats=True).double()
+    twin = copy.deepcopy(layer)
+    compiled = ndl.jit(lambda x: twin(x))
+    mean, var = np.zeros(3), np.ones(3)
+    for seed in range(2):
+        x = draw(4, 3, 5, 2, seed=seed) * 3 + 1
+        z = ndl.Tensor(np.moveaxis(x, 1, -1).copy() if channels_last else x)
+        assert_same_bits(compiled(z), layer(z))
+        for a, b in zip(twin.buffers(), layer.buffers(), strict=True):
+            assert_same_bits(a, b)
+        other(torch.tensor(x))
+        mean = 0.8 * mean + 0.2 * x.mean((2, 3)).mean(0)
+        var = 0.8 * var + 0.2 * x.var((2, 3)).mean(0)
+        assert_near(layer.running_mean.numpy(), other.running_mean)  # type: ignore[union-attr]
+        assert_near(layer.running_mean.numpy(), mean)  # type: ignore[union-attr]
+        assert_near(layer.running_var.numpy(), var)  # type: ignore[union-attr]
+    assert [path for path, _ in layer.named_buffers()] == ["running_mean", "running_var"]
+    assert not nn.InstanceNorm2d(3).buffers()
+
+
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_padding_of_turned_images(axis: int) -> None:
     """Few channels, so that the nest's last axes change places."""
@@ -353,7 +407,23 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: nn.Conv2d(3, 4, 9)(ndl.ones(1, 3, 8, 8)), "conv: expected padded sizes of at least"),
     (lambda: nn.Conv2d(3, 4, 3, groups=2), "Conv2d: expected channels that groups divide"),
-    (lambda: nn.Conv2d(3, 4, 3, padding_mode="reflect"), "expected padding_mode='zeros'"),
+    (
+        lambda: nn.Conv2d(3, 4, 3, padding_mode="mirror"),
+        "Conv2d: expected padding_mode to be one of zeros, reflect, replicate, circular; "
+        "received 'mirror'",
+    ),
+    (
+        lambda: nn.ConvTranspose2d(3, 4, 3, padding_mode="reflect"),
+        "ConvTranspose2d: expected padding_mode to be one of zeros; received 'reflect'",
+    ),
+    (
+        lambda: nn.Conv2d(3, 4, 3, padding=3, padding_mode="reflect")(ndl.ones(1, 3, 4, 3)),
+        r"pad: expected 'reflect' widths of at most 2 for size 3; received \(3, 3\)",
+    ),
+    (
+        lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")(ndl.ones(3, 8, 8)),
+        r"conv2d: expected images of shape \(n, channels, height, width\); received \(3, 8, 8\)",
+    ),
     (lambda: nn.Conv2d(3, 4, (3, 3, 3)), "Conv2d: expected kernel_size to be one integer or 2"),
     (lambda: nn.Conv3d(3, 4, 0), "Conv3d: expected kernel_size"),
     (
@@ -371,6 +441,18 @@ ERRORS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: nn.InstanceNorm3d(3)(ndl.ones(2, 3, 5, 5)),
         r"instance_norm: expected x of shape \(n, 3, depth, height, width\)",
+    ),
+    (
+        lambda: nn.InstanceNorm2d(3, momentum=1.5),
+        "instance_norm: expected 0 <= momentum <= 1; received 1.5",
+    ),
+    (
+        lambda: F.instance_norm(ndl.ones(2, 3, 5), use_input_stats=False),
+        "instance_norm: expected running_mean and running_var in evaluation",
+    ),
+    (
+        lambda: F.instance_norm(ndl.ones(2, 3, 5), ndl.ones(2)),
+        r"instance_norm: expected running_mean of shape \(3,\); received \(2,\)",
     ),
     (lambda: nn.MaxPool2d(5)(ndl.ones(1, 1, 4, 4)), r"max_pool: expected padded sizes of at least"),
     (lambda: nn.MaxPool2d(3, padding=2)(ndl.ones(1, 1, 4, 4)), "at most half the window's"),
@@ -543,9 +625,10 @@ def small_network() -> nn.Module:
         first = nn.Conv2d(inputs, outputs, 3, padding=1, **settings)
         return nn.Sequential(first, nn.BatchNorm2d(outputs), nn.ReLU())
 
+    tracking = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
     return nn.Sequential(
-        part(3, 8, stride=2), nn.Residual(part(8, 8, groups=2)), nn.MaxPool2d(3, 2, 1),
-        nn.ConvTranspose2d(8, 6, 3, 2), nn.InstanceNorm2d(6, affine=True), nn.AvgPool2d(2),
+        part(3, 8, stride=2), nn.Residual(part(8, 8, groups=2, padding_mode="reflect")),
+        nn.MaxPool2d(3, 2, 1), nn.ConvTranspose2d(8, 6, 3, 2), tracking, nn.AvgPool2d(2),
         nn.Upsample(scale_factor=2), nn.Upsample((5, 6), mode="bilinear"), nn.MaxPool2d(2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
     )  # fmt: skip

@@ -18,6 +18,8 @@ from needle.autograd import Tensor
 from needle.files import FileError, load_tensors, save_tensors
 from needle.models import GPT, GPTConfig, Llama, LlamaConfig, ViT, ViTConfig
 from needle.models.sampling import probabilities, sample, top_k_logits, top_p_logits
+from needle.nn import RotaryScaling
+from needle.nn.functional import frequencies
 
 IDS = np.random.default_rng(0).integers(0, 65, (2, 9))
 SMALL = GPTConfig(block_size=80, vocab_size=65, n_layer=2, n_head=2, n_embd=16)
@@ -87,6 +89,89 @@ def test_models_agree_with_transformers(
         found, expected = ours(IDS), model(torch.tensor(IDS)).logits
     bound = 1e-5 if dtype == "float32" else 1e-10
     np.testing.assert_allclose(found.numpy(), expected.detach(), 0, bound)
+
+
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda each: each["rope_type"])
+@pytest.mark.filterwarnings("ignore")
+def test_llamas_with_a_longer_context_agree_with_transformers(
+    scaling: dict[str, Any], transformers: Any, torch: Any, tmp_path: Path
+) -> None:
+    """96 tokens, of an original context of 32; in float32, in which transformers has frequencies.
+    Also as files of older versions name these settings."""
+    config = transformers.LlamaConfig(
+        vocab_size=65, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+        rope_scaling=dict(scaling),
+    )  # fmt: skip
+    model = saved(torch, transformers.LlamaForCausalLM(config), tmp_path, "float32")
+    ids = np.random.default_rng(1).integers(0, 65, (2, 96))
+    expected = model(torch.tensor(ids)).logits.detach().numpy()
+    ours = Llama.from_pretrained(tmp_path).eval()
+    np.testing.assert_allclose(ours(ids).numpy(), expected, 0, 2e-5)
+    path = tmp_path / "config.json"
+    known = json.loads(path.read_text())
+    rope = known.pop("rope_parameters")
+    known |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    known["rope_scaling"]["type"] = rope.pop("rope_type")
+    path.write_text(json.dumps(known))
+    assert_same_bits(Llama.from_pretrained(tmp_path).eval()(ids), ours(ids))
+    assert [*ours.generate(ids[0], 8, temperature=0)] == argmaxes(model, torch, ids[0], 8)
+    path.write_text(json.dumps({**known, "rope_scaling": None}))
+    plain = Llama.from_pretrained(tmp_path).eval()(ids).numpy()
+    assert np.abs(plain - expected)[:, 32:].max() > 0.1  # the settings matter
+
+
+def argmaxes(model: Any, torch: Any, ids: np.ndarray, count: int) -> list[int]:
+    """The likeliest tokens that follow, each by a pass over all before it."""
+    found = [int(each) for each in ids]
+    for _ in range(count):
+        found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
+    return found[len(ids) :]
+
+
+def test_scaled_frequencies() -> None:
+    """Llama 3.1's, by its definition in wavelengths; other scalings are refused by name."""
+    found = frequencies(128, 500000.0, RotaryScaling(8.0, 1.0, 4.0, 8192))
+    for own, plain in zip(found, frequencies(128, 500000.0), strict=True):
+        length = 2 * np.pi / plain
+        smooth = (8192 / length - 1) / 3
+        middle = (1 - smooth) * plain / 8 + smooth * plain
+        expected = plain if length < 2048 else plain / 8 if length > 8192 else middle
+        np.testing.assert_allclose(own, expected, rtol=1e-14)
+    np.testing.assert_array_equal(frequencies(8, 10.0, RotaryScaling(2)), frequencies(8, 10.0) / 2)
+    for wrong in ((0,), (2, 1, 4), (2, 4, 1, 8), (2, 0, 4, 8)):
+        with pytest.raises(ValueError, match="rotary: expected factor above 0, alone or with"):
+            RotaryScaling(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("rope", "match"),
+    [
+        ({"type": "yarn", "factor": 2.0}, "rope_type default, linear, llama3; received 'yarn'"),
+        ({"rope_type": "dynamic"}, "rope_type default, linear, llama3; received 'dynamic'"),
+        ({"rope_type": ["longrope"]}, r"rope_type .*; received \['longrope'\]"),
+        ("longrope", "rope_type .*; received 'longrope'"),
+        ({"type": "linear"}, "expected factor above 0; received None"),
+        ({"type": "linear", "factor": -1.0}, "expected factor above 0; received -1.0"),
+        ({**SCALINGS[1], "low_freq_factor": 4.0}, "rope_type llama3; received .*low_freq_factor="),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 1; rec"),
+    ],
+)
+def test_other_scalings_are_refused(rope: Any, match: str, tmp_path: Path) -> None:
+    names = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
+    config = {"model_type": "llama", **dict.fromkeys(names, 8), "num_attention_heads": 2}
+    config |= {"max_position_embeddings": 8, "rms_norm_eps": 1e-5, "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refuse(tmp_path, f"config.json: expected {match}" if match[0] == "r" else match, Llama)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from needle.data import (
     RandomFlipHorizontal,
     Resize,
 )
+from needle.data.transforms import turn_hue
 from needle.files import FileError
 
 PIL = pytest.importorskip("PIL.Image", reason="Pillow, of the extra data, reads pictures")
@@ -264,6 +266,29 @@ def test_colour_jitter_is_what_pillow_enhances() -> None:
     np.testing.assert_array_equal(ColorJitter()(picture()), picture())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_hue_turns_as_colorsys_says(dtype: type) -> None:
+    """Also of greys, of equal largest channels, and of pure colours."""
+    pixels = np.random.default_rng(3).random((5, 6, 3))
+    pixels[0] = np.repeat(pixels[0, :, :1], 3, -1)
+    pixels[1, :3], pixels[2, :3] = np.sort(np.round(pixels[1, :3], 1)), np.eye(3)
+    pixels[3, :3] = 1 - 0.5 * np.eye(3)
+    x = pixels.astype(dtype)
+    for seed, strength in enumerate((0.5, 0.1)):
+        np.random.seed(seed)
+        found = ColorJitter(hue=strength)(x)
+        np.random.seed(seed)
+        change = (2 * np.random.rand() - 1) * strength
+        expected = np.empty_like(pixels)
+        for place in np.ndindex(5, 6):
+            h, s, v = colorsys.rgb_to_hsv(*x[place].astype(float))
+            expected[place] = colorsys.hsv_to_rgb((h + change) % 1, s, v)
+        np.testing.assert_allclose(found, expected, 0, 16 * np.finfo(dtype).eps)
+        assert found.dtype == dtype
+        assert np.abs(found - x).max() > strength / 10
+    np.testing.assert_allclose(turn_hue(turn_hue(x, 0.3), -0.3), x, 0, 16 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 40])
 def test_cutout(size: int) -> None:
     for seed in range(10):
@@ -319,6 +344,10 @@ def test_mixup() -> None:
         (lambda: Resize(2)(np.zeros((2, 2))), "Resize: expected an image"),
         (lambda: CenterCrop(8)(picture()), "CenterCrop: expected an image of at least 8 x 8; re"),
         (lambda: ColorJitter(2), "ColorJitter: expected strengths in"),
+        (
+            lambda: ColorJitter(hue=0.6),
+            r"ColorJitter: expected strengths in \[0, 1\], and hue in \[0, 0.5\]; received",
+        ),
         (lambda: ColorJitter(1)(picture()[..., :1]), "ColorJitter: expected 3 channels; received"),
         (lambda: Cutout(0), "Cutout: expected a size"),
         (lambda: Mixup(0), "Mixup: expected at least one class and an alpha above 0; received 0"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,6 +422,108 @@ def test_a_wide_picture_in_colour_is_cut_to_its_middle(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[1:-1, 2:14, 1], rows[1:-1, None].repeat(12, 1), atol=0.02)
     assert found[..., 1].min(1)[1:].all()  # no margin is left
     assert not found[:, 18:, 0].any()
+
+
+# Folders of pictures
+
+
+def write_pictures(folder: Path, counts: dict[str, int]) -> None:
+    """Pictures of other sizes and modes, light for the first class, dark for the others."""
+    pillow = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for index, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            size = (40 + 3 * number, 50 - number, 3)
+            pixels = rng.integers(0, 100, size, np.uint8) + np.uint8(0 if index else 150)
+            image = pillow.fromarray(pixels)
+            image.convert("L" if number % 2 else "RGB").save(folder / name / f"{number:02}.png")
+
+
+def test_a_run_on_a_folder_of_pictures(needle: Needle, tmp_path: Path) -> None:  # noqa: F811
+    write_pictures(tmp_path / "pictures", {"[b]a": 14, "dark ones": 10})
+    given = ["--data-dir", "pictures", "--batch-size", "8", "--epochs", "4", "--name", "a"]
+    code, out, err = needle("train", "resnet9", *given)
+    assert (code, err) == (0, "")
+    assert "\n22 and 2 pictures to train and test with, 2 classes\n" in out
+    path, config = open_run("a", "runs")
+    assert (config.data, config.classes) == ("folder", ("[b]a", "dark ones"))
+    assert [
+        x["train_accuracy"] for x in read_metrics(path / "metrics.jsonl") if x["kind"] == "epoch"
+    ][-1] > 0.8
+    code, out, err = needle("eval", "a")
+    assert (code, err) == (0, "")
+    assert re.search(r"test accuracy +\d+.00% of 2 samples\n", out)
+    assert "0 [b]a" in out
+    shutil.move("pictures", "elsewhere")
+    code, out, err = needle("predict", "a", "elsewhere/[b]a/00.png")
+    assert (code, err) == (0, "")
+    assert "[b]a" in out.splitlines()[0]
+    assert needle("eval", "a", "--data-dir", "elsewhere")[0] == 0
+    shutil.move("elsewhere/dark ones", "elsewhere/dim ones")
+    fails(
+        needle("eval", "a", "--data-dir", "elsewhere"),
+        "folder: expected ('[b]a', 'dark ones'); received ('[b]a', 'dim ones') in elsewhere",
+    )
+    whole = json.loads(Path("runs/a/config.json").read_text())
+    for forged, message in (
+        (["x"], "model.safetensors: expected the model in config.json"),
+        ([], "a run; received content that is none: a folder without classes"),
+        ([1], "config.json: expected the configuration of a run; received content"),
+        (None, "config.json: expected the configuration of a run; received content"),
+    ):
+        Path("runs/a/config.json").write_text(json.dumps({**whole, "classes": forged}))
+        fails(needle("predict", "a", "elsewhere/[b]a/00.png"), message)
+
+
+@pytest.mark.parametrize("tests", ["test", "val"])
+def test_a_folder_may_say_what_trains_and_what_tests(tests: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", {"a": 2, "b": 1})
+    write_pictures(tmp_path / tests, {"a": 1, "b": 2})
+    for model, shape in (("mlp_resnet", (32, 32, 3)), ("resnet9", (3, 32, 32))):
+        given = TrainConfig.for_data(model=model, data_dir=str(tmp_path))
+        train, test = open_data(given, True), open_data(given, False)
+        assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 1], [0, 1, 1])
+        image, label = test[1]
+        assert (image.shape, image.dtype, label) == (shape, np.float32, 1)
+        expected = read_image(tmp_path / tests / "b" / "00.png", (32, 32, 3))
+        np.testing.assert_array_equal(
+            image, np.moveaxis(expected, -1, 0) if shape[0] == 3 else expected
+        )
+        assert train.transforms
+        assert not test.transforms
+    (tmp_path / tests / "a").rename(tmp_path / tests / "c")
+    with pytest.raises(
+        ValueError, match=r"folder: expected \['a', 'b'\] in .*; received \['b', 'c'\]"
+    ):
+        open_data(given, True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "spoil", "message"),
+    [
+        ({}, "", "ImageFolder: expected a folder; received pictures, a path without one"),
+        ({"train": 12}, "", "expected two classes and ten pictures at least; received 1 and 12"),
+        ({"a": 3, "b": 3}, "", "expected two classes and ten pictures at least; received 2 and 6"),
+        ({"a": 9, "b": 0}, "", "ImageFolder: expected pictures (.png, "),
+        ({"a": 9, "b": 3}, "b/01.png", "01.png: expected a picture (PNG, JPEG, BMP, GIF, WEBP)"),
+    ],
+)  # fmt: skip
+def test_folders_that_are_refused(
+    needle: Needle,  # noqa: F811
+    tmp_path: Path,
+    counts: dict[str, int],
+    spoil: str,
+    message: str,
+) -> None:
+    write_pictures(tmp_path / "pictures", counts)
+    if spoil:
+        (tmp_path / "pictures" / spoil).write_bytes(b"none")
+    fails(needle("train", "resnet9", "--data-dir", "pictures"), message)
+    fails(
+        needle("train", "resnet9", "--data", "folder"), "folder: expected a folder of pictures for"
+    )
+    assert not Path("runs").exists()
 
 
 def test_resnet9_learns_digits(needle: Needle) -> None:  # noqa: F811

@@ -27,7 +27,7 @@ import needle
 from needle import train
 from needle.compiler import cache
 from needle.errors import expect
-from needle.train import TASKS, Progress, TrainConfig, Trainer, folder, open_run
+from needle.train import Progress, TrainConfig, Trainer, folder, open_run
 
 RunName = Annotated[str, typer.Argument(help="A run's folder, or its name in --run-dir.")]
 Root = Annotated[Path, typer.Option(help="Where the runs lie.")]
@@ -136,8 +136,10 @@ def predict_image(
     """
     path, config = open_run(run, run_dir)
     received = f"received {config.model} on {config.data}; see needle generate"
-    expect(config.data in TASKS, f"predict: expected a run that classifies images; {received}")
-    model, task = train.load_model(path, config), TASKS[config.data]
+    task = train.task_of(config)
+    if task is None:
+        raise ValueError(f"predict: expected a run that classifies images; {received}")
+    model = train.load_model(path, config)
     picture = train.read_image(image, task.shape, task.span)
     shares = train.class_probabilities(model, picture).tolist()
     best = shares.index(max(shares))
@@ -145,9 +147,9 @@ def predict_image(
     block = "█" if console.encoding.startswith("utf") else "#"
     for index, (name, share) in enumerate(zip(task.classes, shares, strict=True)):
         style = "bold green" if index == best else None
-        table.add_row(name, f"{share:6.1%}", block * round(share * 30), style=style)
+        table.add_row(escape(name), f"{share:6.1%}", block * round(share * 30), style=style)
     console.print(table)
-    console.print(f"[bold]{task.classes[best]}[/bold] ({shares[best]:.1%})")
+    console.print(f"[bold]{escape(task.classes[best])}[/bold] ({shares[best]:.1%})")
 
 
 # needle eval
@@ -166,7 +168,7 @@ def evaluate_run(
     path, config = open_run(run, run_dir, data_dir)
     model, tokenizer = train.load_model(path, config), train.load_vocabulary(path, config)
     samples = train.open_data(replace(config, eval_samples=0), train=False, tokenizer=tokenizer)
-    task, console = TASKS.get(config.data), make_console()
+    task, console = train.task_of(config), make_console()
     found = train.evaluate(model, samples, task and len(task.classes))
     say(console, f"{path}: {config.model} on {config.data}")
     counted = f" of {found.samples:,} {unit_of(config)}"
@@ -188,7 +190,8 @@ def confusion_table(classes: tuple[str, ...], confusion: list[list[int]]) -> Tab
         cells = [str(count or "") for count in counts]
         cells[index] = f"[bold]{counts[index]}[/bold]"
         share = f"{counts[index] / sum(counts):.1%}" if any(counts) else "-"
-        table.add_row(name if name == str(index) else f"{index} {name}", *cells, share)
+        label = name if name == str(index) else f"{index} {escape(name)}"
+        table.add_row(label, *cells, share)
     return table
 
 
@@ -239,14 +242,14 @@ def unit_of(config: TrainConfig) -> str:
     return "tokens" if config.data == "text" else "samples"
 
 
-DATA_DIR = "fetched, or Python's own sources"
+DATA_DIR = "the digits, or Python's own sources"
 AS_MODEL = "as the model's"
 
 
 def train_model(
     model: Annotated[Text, typer.Argument(help=one_of("model"), show_default="mlp_resnet")] = None,
-    data: Annotated[Text, option(one_of("data"), "digits; of language models text")] = None,
-    data_dir: Annotated[Text, option("Folder of the data, or file of text.", DATA_DIR)] = None,
+    data: Annotated[Text, option(one_of("data"), "digits, or folder; text")] = None,
+    data_dir: Annotated[Text, option("Folder of data or of classes, or text.", DATA_DIR)] = None,
     tokenizer: Annotated[Text, option("char, byte or a path of a tokenizer.json.", "char")] = None,
     epochs: Annotated[Integer, option("Passes over the data.")] = None,
     max_steps: Annotated[Integer, option("Steps of the run, in place of epochs.")] = None,
@@ -307,10 +310,12 @@ def train_on(console: Console, trainer: Trainer) -> None:
     again = f"go on with: needle train --resume {shlex.quote(str(path))}"
     size = sum(parameter.size for parameter in trainer.model.parameters())
     say(console, f"{config.model} with {size:,} parameters on {config.data}, {config.device}")
-    if trainer.tokenizer is not None:
-        parts = " and ".join(f"{len(data.tokens):,}" for data in (trainer.data, trainer.test_data))
-        kind = f"a vocabulary of {config.vocab_size:,}"
-        say(console, f"{parts} tokens to train and test with, {kind}")
+    if config.vocab_size or config.classes:
+        both = [getattr(data, "tokens", data) for data in (trainer.data, trainer.test_data)]
+        kind = f"tokens to train and test with, a vocabulary of {config.vocab_size:,}"
+        if config.classes:
+            kind = f"pictures to train and test with, {len(config.classes):,} classes"
+        say(console, f"{len(both[0]):,} and {len(both[1]):,} {kind}")
     say(console, f"{path}, from {trainer.progress}")
     try:
         with make_bar(console) as bar:

@@ -132,30 +132,49 @@ class CenterCrop(Transform):
 
 
 class ColorJitter(Transform):
-    """Brightness, contrast and saturation of an image (H, W, 3) in [0, 1], changed at random.
+    """Brightness, contrast, saturation and hue of an image (H, W, 3) in [0, 1], changed at random.
 
-    In this order, for each that is not 0: f = `1 + (2 rand() - 1) * strength`, then x = f x, then
-    x = f x + (1 - f) mean(grey), then x = f x + (1 - f) grey; each limited to [0, 1]. grey is the
-    luminance (ITU-R BT.601). PyTorch's strengths; there the order is random.
+    In this order, for each that is not 0: d = `(2 rand() - 1) * strength`, f = 1 + d, then x = f x,
+    then x = f x + (1 - f) mean(grey), then x = f x + (1 - f) grey, each limited to [0, 1]; then the
+    hue is turned by d circles (`turn_hue`). grey is the luminance (ITU-R BT.601). PyTorch's
+    strengths, that of hue at most 0.5; there the order is random.
     """
 
     def __init__(
-        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0
-    ) -> None:
+        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0,
+        hue: float = 0.0,
+    ) -> None:  # fmt: skip
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
-        fits = all(0 <= each <= 1 for each in vars(self).values())
-        expect(fits, f"ColorJitter: expected strengths in [0, 1]; received {vars(self)}")
+        self.hue = hue
+        fits = all(0 <= each <= 1 for each in vars(self).values()) and hue <= 0.5
+        expected = "strengths in [0, 1], and hue in [0, 0.5]"
+        expect(fits, f"ColorJitter: expected {expected}; received {vars(self)}")
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         channels = as_image("ColorJitter", x).shape[-1]
         expect(channels == 3, f"ColorJitter: expected 3 channels; received {channels}")
         for name, strength in vars(self).items():
-            if strength:
-                factor = x.dtype.type(1 + (2 * sample_rng().rand() - 1) * strength)
-                grey = (x @ GREY.astype(x.dtype))[..., None]
-                other = {"brightness": 0, "contrast": grey.mean(), "saturation": grey}[name]
-                x = np.clip(factor * x + (1 - factor) * other, 0, 1)
+            if not strength:
+                continue
+            change = (2 * sample_rng().rand() - 1) * strength
+            if name == "hue":
+                return turn_hue(x, change)
+            factor = x.dtype.type(1 + change)
+            grey = (x @ GREY.astype(x.dtype))[..., None]
+            other = {"brightness": 0, "contrast": grey.mean(), "saturation": grey}[name]
+            x = np.clip(factor * x + (1 - factor) * other, 0, 1)
         return x
+
+
+def turn_hue(x: np.ndarray, change: float) -> np.ndarray:
+    """x (..., 3) of red, green and blue with another hue: h + change modulo 1 in HSV (Smith,
+    1978)."""
+    most = x.argmax(-1)[..., None]
+    ahead, behind = (np.take_along_axis(x, (most + step) % 3, -1) for step in (1, 2))
+    top, chroma = x.max(-1, keepdims=True), np.ptp(x, -1, keepdims=True)
+    hue = 2 * most.astype(x.dtype) + (ahead - behind) / np.where(chroma > 0, chroma, 1)
+    place = (hue + np.array([5, 3, 1], x.dtype) + x.dtype.type(6 * change)) % 6
+    return top - chroma * np.clip(np.minimum(place, 4 - place), 0, 1)
 
 
 class Cutout(Transform):

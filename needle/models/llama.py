@@ -10,10 +10,13 @@ from typing import Any, Self
 
 from needle import nn
 from needle.autograd import Tensor
-from needle.files import AnyPath
+from needle.errors import expect
+from needle.files import AnyPath, FileError, reading
 from needle.models.decoder import LanguageModel, attend_to_past, run_blocks
 from needle.models.pretrained import Part, load_model, read_config, read_weights, settings
 from needle.ops import split
+
+SCALINGS = {"default": 0, "linear": 1, "llama3": 4}  # by rope_type: fields of RotaryScaling
 
 
 @dataclass
@@ -32,6 +35,7 @@ class LlamaConfig:
     head_dim: int | None = None  # hidden_size / num_attention_heads
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    rope_scaling: nn.RotaryScaling | None = None
 
     @property
     def block_size(self) -> int:
@@ -52,7 +56,8 @@ class LlamaBlock(nn.Module):
         self.norm1 = nn.RMSNorm(width, config.rms_norm_eps, **place)
         self.attention = nn.MultiheadAttention(
             width, heads, bias=config.attention_bias, batch_first=True, num_kv_heads=groups,
-            head_dim=head_dim, rotary=config.rope_theta, **place,
+            head_dim=head_dim, rotary=config.rope_theta, rotary_scaling=config.rope_scaling,
+            **place,
         )  # fmt: skip
         self.norm2 = nn.RMSNorm(width, config.rms_norm_eps, **place)
         self.inner = config.intermediate_size
@@ -92,20 +97,30 @@ class Llama(LanguageModel):
         found = read_config(folder, "llama")
         rope = found.get("rope_scaling") or found.get("rope_parameters") or {}
         rope = rope if isinstance(rope, dict) else {"type": rope}
-        found["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         found.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
         fields = LlamaConfig.__dataclass_fields__
         names = {name: name for name, x in fields.items() if x.type in ("int", "float")}
         names |= {"head_dim": "head_dim"} if found.get("head_dim") is not None else {}
-        known = {"hidden_act": "silu", "mlp_bias": False, "rope_type": "default"}
-        own = settings(found, names, **known)
-        flags = {name: bool(found.get(name)) for name in ("tie_word_embeddings", "attention_bias")}
-        config = LlamaConfig(**own, **flags)
+        own = settings(found, names, hidden_act="silu", mlp_bias=False)
+        own |= {name: bool(found.get(name)) for name in ("tie_word_embeddings", "attention_bias")}
+        config = LlamaConfig(**own, rope_scaling=read_scaling(found["path"], rope))
         rows = config.vocab_size + 3 * config.num_hidden_layers * config.intermediate_size
         passed = ("inv_freq", *["lm_head.weight"][: config.tie_word_embeddings])
         keys = config.hidden_size * rows, lambda: parts_of(config), "model.", passed
         return load_model(lambda: cls(config, device, dtype), read_weights(folder), *keys)
+
+
+def read_scaling(path: AnyPath, rope: dict[str, Any]) -> nn.RotaryScaling | None:
+    """What config.json says of the frequencies of rotary positions."""
+    kind, kinds = rope.get("rope_type", rope.get("type", "default")), [*SCALINGS]
+    expected = f"rope_type {', '.join(kinds)}"
+    expect(kind in kinds, f"{path}: expected {expected}; received {kind!r}", FileError)
+    names = list(nn.RotaryScaling.__dataclass_fields__)[: SCALINGS[kind]]
+    rope = {**rope, "path": path}
+    own = settings(rope, {name: name for name in names}, partial_rotary_factor=1)
+    with reading(path, f"rope_type {kind}"):
+        return nn.RotaryScaling(**own) if own else None
 
 
 def parts_of(config: LlamaConfig) -> dict[str, list[Part]]:

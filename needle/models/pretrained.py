@@ -67,7 +67,7 @@ def settings(config: dict[str, Any], names: Mapping[str, str], **known: Any) -> 
     path, found = config["path"], {}
     for field, name in names.items():
         value = config.get(name)
-        kinds = (int, float) if name.endswith(("eps", "epsilon", "theta")) else int
+        kinds = (int, float) if name.endswith(("eps", "epsilon", "theta", "factor")) else int
         fits = isinstance(value, kinds) and not isinstance(value, bool) and value > 0
         expect(fits, f"{path}: expected {name} above 0; received {value!r}", FileError)
         found[field] = value

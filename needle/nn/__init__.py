@@ -18,6 +18,7 @@ from needle.nn.conv import (Conv, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvT
 from needle.nn.convert import from_torch
 from needle.nn.embedding import Embedding, LearnedPositions, SinusoidalPositions
 from needle.nn.fold import fold_batchnorm
+from needle.nn.functional import RotaryScaling
 from needle.nn.linear import Flatten, Linear
 from needle.nn.loss import (BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, KLDivLoss, L1Loss,
                             MSELoss, NLLLoss, SoftmaxLoss)

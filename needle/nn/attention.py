@@ -100,8 +100,9 @@ class MultiheadAttention(Module):
     unless need_weights. attn_mask (T, S) or (B, heads, T, S) and key_padding_mask (B, S), as in
     PyTorch: bool, True where a key is *not* seen, or numbers to add. num_kv_heads: fewer heads of
     keys and values, shared by neighbouring ones (Ainslie et al., 2023). rotary: the base by which
-    queries and keys are turned (functional.rotary), at `positions` (T,). keep: a function of the
-    keys and values (B, heads, T, d) to those that are attended to (KVCache.keep).
+    queries and keys are turned (functional.rotary), at `positions` (T,), and rotary_scaling what
+    becomes of its frequencies. keep: a function of the keys and values (B, heads, T, d) to those
+    that are attended to (KVCache.keep).
     Where kdim and vdim are embed_dim, `in_proj` is q, k and v in one. (Vaswani et al., 2017)
     """
 
@@ -110,6 +111,7 @@ class MultiheadAttention(Module):
         kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
         device: Any = None, dtype: Any = "float32", *, num_kv_heads: int | None = None,
         head_dim: int | None = None, rotary: float | None = None,
+        rotary_scaling: functional.RotaryScaling | None = None,
     ) -> None:  # fmt: skip
         place = {"device": device, "dtype": dtype}
         groups = num_kv_heads or num_heads
@@ -118,7 +120,8 @@ class MultiheadAttention(Module):
         expect(fits, f"attention: expected heads that share embed_dim evenly; received {sizes}")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, groups
         self.head_dim, self.batch_first = head_dim or embed_dim // num_heads, batch_first
-        self.dropout, self.rotary = functional.check_probability(dropout), rotary
+        self.dropout = functional.check_probability(dropout)
+        self.rotary, self.rotary_scaling = rotary, rotary_scaling
         self.widths = self.head_dim * num_heads, self.head_dim * groups, self.head_dim * groups
         if kdim in (None, embed_dim) and vdim in (None, embed_dim):
             self.in_proj = Linear(embed_dim, sum(self.widths), bias, **place)
@@ -158,7 +161,8 @@ class MultiheadAttention(Module):
         if self.rotary is not None:
             if positions is None:
                 positions = Tensor(np.arange(q.shape[-2]), device=q.device)
-            q, k = (functional.rotary(x, positions, self.rotary) for x in (q, k))
+            turns = positions, self.rotary, self.rotary_scaling
+            q, k = (functional.rotary(x, *turns) for x in (q, k))
         k, v = (k, v) if keep is None else keep(k, v)
         mask = added(attn_mask, q.dtype)
         if is_causal and mask is None:

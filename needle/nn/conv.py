@@ -15,7 +15,8 @@ from needle.errors import expect
 from needle.init import kaiming_uniform, rand
 from needle.nn import functional
 from needle.nn.module import Module, Parameter
-from needle.ops.conv import per_axis
+from needle.ops.conv import as_pairs, per_axis, settled, spans_of
+from needle.ops.movement import pad
 
 
 class Convolution(Module):
@@ -28,6 +29,7 @@ class Convolution(Module):
     """
 
     outputs_first = ("weight",)
+    padding_modes: tuple[str, ...] = ("zeros", "reflect", "replicate", "circular")
     function: Callable[..., Tensor]
     ndim: int
 
@@ -51,12 +53,13 @@ class Convolution(Module):
         fits = groups > 0 and all(each > 0 and each % groups == 0 for each in channels)
         received = f"{in_channels} and {out_channels} with groups={groups}"
         expect(fits, f"{name}: expected channels that groups divide; received {received}")
-        zeros = padding_mode == "zeros"
-        expect(zeros, f"{name}: expected padding_mode='zeros'; received {padding_mode!r}")
+        modes, received = ", ".join(self.padding_modes), repr(padding_mode)
+        fits = padding_mode in self.padding_modes
+        expect(fits, f"{name}: expected padding_mode to be one of {modes}; received {received}")
         self.in_channels, self.out_channels = channels
         self.kernel_size = per_axis(name, "kernel_size", kernel_size, self.ndim, 1)
         self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.groups, self.channels_last = groups, channels_last
+        self.groups, self.padding_mode, self.channels_last = groups, padding_mode, channels_last
         shape, place = self.weight_shape(), {"device": device, "dtype": dtype}
         size, fan_in = math.prod(self.kernel_size), math.prod(shape) // out_channels
         fan_out = out_channels // groups * size
@@ -68,16 +71,30 @@ class Convolution(Module):
     def weight_shape(self) -> tuple[int, ...]:
         return (*self.kernel_size, self.in_channels // self.groups, self.out_channels)
 
-    def settings(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups
+    def settings(self, padding: Any) -> tuple[Any, ...]:
+        return self.stride, padding, self.dilation, self.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        axis = -1 if self.channels_last else 1
-        if x.ndim == self.ndim + 2 and x.shape[axis] != self.in_channels:
+        axis, padding = -1 if self.channels_last else 1, self.padding
+        fits = x.ndim == self.ndim + 2
+        if fits and x.shape[axis] != self.in_channels:
             name, received = type(self).__name__, f"{x.shape[axis]} of shape {x.shape}"
             raise ValueError(f"{name}: expected {self.in_channels} channels; received {received}")
-        settings = self.settings()
+        if fits and self.padding_mode != "zeros":
+            x, padding = self.extended(x), 0
+        settings = self.settings(padding)
         return self.function(x, self.weight, self.bias, *settings, channels_last=self.channels_last)
+
+    def extended(self, x: Tensor) -> Tensor:
+        """x padded with elements of its own."""
+        name, first = type(self).__name__, 1 if self.channels_last else 2
+        sizes = x.shape[first : first + self.ndim]
+        stride = per_axis(name, "stride", self.stride, self.ndim, 1)
+        dilation = per_axis(name, "dilation", self.dilation, self.ndim, 1)
+        spans, padding = spans_of(self.kernel_size, dilation), settled(self.padding)
+        pairs = as_pairs(name, padding, sizes, spans, stride)
+        widths = [(0, 0)] * first + [*pairs] + [(0, 0)] * (2 - first)
+        return pad(x, widths, mode=self.padding_mode)
 
 
 class Conv1d(Convolution):
@@ -91,7 +108,8 @@ class Conv2d(Convolution):
 
     y[n, k, i, j] = bias[k] + sum over u, v, c of weight[u, v, c, k] *
     x[n, c, i * stride + u * dilation - padding, j * stride + v * dilation - padding]. padding:
-    numbers, "same" (as many outputs as sizes / stride) or "valid" (none).
+    numbers, "same" (as many outputs as sizes / stride) or "valid" (none). padding_mode: what stands
+    there: "zeros", or of x "reflect", "replicate" or "circular" (`ops.pad`).
     """
 
     function, ndim = staticmethod(functional.conv2d), 2
@@ -129,6 +147,8 @@ class Conv(Conv2d):
 class ConvTranspose(Convolution):
     """What transposes have in common: what a convolution of their settings does backwards."""
 
+    padding_modes = ("zeros",)
+
     def __init__(
         self,
         in_channels: int,
@@ -145,8 +165,8 @@ class ConvTranspose(Convolution):
     def weight_shape(self) -> tuple[int, ...]:
         return (*self.kernel_size, self.out_channels // self.groups, self.in_channels)
 
-    def settings(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.output_padding, self.groups, self.dilation
+    def settings(self, padding: Any) -> tuple[Any, ...]:
+        return self.stride, padding, self.output_padding, self.groups, self.dilation
 
 
 class ConvTranspose1d(ConvTranspose):

@@ -7,6 +7,7 @@ Most are ops under the names that the field gives them here. Functions of images
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -180,15 +181,48 @@ def scaled_dot_product_attention(
     return attend(query, key, value, attn_mask, dropout_p, scale)[0]
 
 
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How `rotary` turns in a context longer than the one that a model was first trained with.
+
+    Each frequency f becomes f / factor ("linear": Chen et al., 2023). Given the rest, too, f stays
+    where it makes more than high_freq_factor turns in original_max_position_embeddings places, is
+    divided where it makes fewer than low_freq_factor, and goes over evenly between ("llama3":
+    Grattafiori et al., 2024). ValueError for numbers that are not above 0, or low not below high.
+    """
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        factor, *band = astuple(self)
+        fits = factor > 0 and (band == [None] * 3 or None not in band)
+        fits = fits and (None in band or (0 < band[0] < band[1] and band[2] > 0))
+        expected = "factor above 0, alone or with low_freq_factor < high_freq_factor and a length"
+        expect(fits, f"rotary: expected {expected}, above 0; received {self}")
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        """The frequencies as they become."""
+        factor, low, high, length = astuple(self)
+        if length is None:
+            return frequencies / factor
+        turns = frequencies * length / (2 * math.pi)
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (share + (1 - share) / factor)
+
+
 @cache
-def frequencies(dim: int, base: float) -> np.ndarray:
+def frequencies(dim: int, base: float, scaling: RotaryScaling | None = None) -> np.ndarray:
     expect(dim % 2 == 0, f"positions: expected an even dimension; received {dim}")
-    return base ** (-np.arange(0, dim, 2) / dim)
+    found = base ** (-np.arange(0, dim, 2) / dim)
+    return found if scaling is None else scaling(found)
 
 
-def waves(positions: Tensor, dim: int, base: float, dtype: Any) -> tuple[Tensor, Tensor]:
-    """sin and cos of positions (T,) times base^(-2i / dim): (T, dim / 2) each, by float64."""
-    own = Tensor(frequencies(dim, base), device=positions.device, requires_grad=False)
+def waves(positions: Tensor, dtype: Any, *settings: Any) -> tuple[Tensor, Tensor]:
+    """sin and cos of positions (T,) times the frequencies: (T, dim / 2) each, by float64."""
+    own = Tensor(frequencies(*settings), device=positions.device, requires_grad=False)
     angles = positions.to("float64").unsqueeze(-1) * own
     return sin(angles).to(dtype), cos(angles).to(dtype)
 
@@ -200,15 +234,18 @@ def sinusoidal(
 
     (Vaswani et al., 2017)
     """
-    return stack(waves(positions, dim, base, dtype), -1).reshape((*positions.shape, dim))
+    return stack(waves(positions, dtype, dim, base), -1).reshape((*positions.shape, dim))
 
 
-def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """x (..., T, d) with its pairs (x[i], x[i + d/2]) turned by t base^(-2i / d), positions (T,).
+def rotary(
+    x: Tensor, positions: Tensor, base: float = 10000.0, scaling: RotaryScaling | None = None
+) -> Tensor:
+    """x (..., T, d) with its pairs (x[i], x[i + d/2]) turned by t base^(-2i / d), positions (T,);
+    scaling: what becomes of these frequencies, base^(-2i / d).
 
     Products of queries and keys so turned depend on their distance alone. (Su et al., 2021)
     """
-    sines, cosines = waves(positions, x.shape[-1], base, x.dtype)
+    sines, cosines = waves(positions, x.dtype, x.shape[-1], base, scaling)
     a, b = split(x, -1, (x.shape[-1] // 2,) * 2)
     return concatenate([a * cosines - b * sines, b * cosines + a * sines], -1)
 
@@ -286,18 +323,32 @@ def batch_norm(
 
 
 def instance_norm(
-    x: Operand, weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
+    x: Operand, running_mean: Maybe = None, running_var: Maybe = None, weight: Maybe = None,
+    bias: Maybe = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
     channels_last: bool = False,
 ) -> Tensor:  # fmt: skip
     """y = (x - mean) / sqrt(var + eps) * weight + bias per sample and channel of x (n, channels,
-    *sizes); var is biased. (Ulyanov et al., 2016)
+    *sizes); var is biased.
+
+    With use_input_stats the running ones, where given, move as batch_norm's do, towards the means
+    over the samples; without, they stand for mean and var. (Ulyanov et al., 2016)
     """
     x = as_float(x)
     expect(x.ndim > 2, f"instance_norm: expected x of shape (n, channels, *sizes); got {x.shape}")
     images = x if channels_last else to_last(x)
     n, *sizes, channels = images.shape
+    running = {"running_mean": running_mean, "running_var": running_var}
+    check_shapes("instance_norm", (channels,), **running)
     affine = affine_of("instance_norm", (channels,), weight, bias)
+    if not use_input_stats:
+        given = None not in running.values()
+        expect(given, "instance_norm: expected running_mean and running_var in evaluation")
+        return batch_norm(x, running_mean, running_var, weight, bias, False, 0, eps, channels_last)
     places = images.reshape((n, math.prod(sizes), channels))
+    for old, statistic in ((running_mean, normalize.mean), (running_var, normalize.var)):
+        if old is not None:
+            new = statistic(places.detach(), 1).mean(0).to(old.dtype)
+            old.data = old * (1 - momentum) + new * momentum
     y = normalize.InstanceNorm(float(eps))(places, *affine).reshape(images.shape)
     return y if channels_last else to_first(y)
 

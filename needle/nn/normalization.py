@@ -27,7 +27,22 @@ class Normalization(Module):
         self.bias = Parameter(zeros(shape, **placement)) if affine and self.has_bias else None
 
 
-class BatchNorm(Normalization):
+class Tracking(Normalization):
+    """What those share that may keep running statistics of channels, moved by `momentum`."""
+
+    def __init__(
+        self, dim: int, eps: float, momentum: float, affine: bool, track_running_stats: bool,
+        channels_last: bool, **placement: Any,
+    ) -> None:  # fmt: skip
+        name = "batch_norm" if isinstance(self, BatchNorm) else "instance_norm"
+        expect(0 <= momentum <= 1, f"{name}: expected 0 <= momentum <= 1; received {momentum}")
+        super().__init__(dim, eps, affine, **placement)
+        self.momentum, self.channels_last = momentum, channels_last
+        self.running_mean = zeros(dim, **placement) if track_running_stats else None
+        self.running_var = ones(dim, **placement) if track_running_stats else None
+
+
+class BatchNorm(Tracking):
     """y = (x - mean) / sqrt(var + eps) * weight + bias per channel of x.
 
     In training with the batch's mean and variance, towards which running_mean and running_var move
@@ -47,13 +62,8 @@ class BatchNorm(Normalization):
         dtype: Any = "float32",
         channels_last: bool = False,
     ) -> None:
-        expect(0 <= momentum <= 1, f"batch_norm: expected 0 <= momentum <= 1; received {momentum}")
         self.dim = dim
-        super().__init__(dim, eps, device=device, dtype=dtype)
-        self.momentum = momentum
-        self.channels_last = channels_last
-        self.running_mean = zeros(dim, device=device, dtype=dtype)
-        self.running_var = ones(dim, device=device, dtype=dtype)
+        super().__init__(dim, eps, momentum, True, True, channels_last, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels("batch_norm", x, self.dim, self.sizes, self.channels_last)
@@ -89,11 +99,13 @@ class BatchNorm3d(BatchNorm):
     sizes = (3,)
 
 
-class InstanceNorm(Normalization):
+class InstanceNorm(Tracking):
     """y = (x - mean) / sqrt(var + eps) * weight + bias per sample and channel of x.
 
-    weight and bias are per channel, None unless affine; var is biased. With channels_last the
-    channels are x's last axis. The rest: device, dtype. (Ulyanov et al., 2016)
+    weight and bias are per channel, None unless affine; var is biased. With track_running_stats,
+    running_mean and running_var move by `momentum` towards the means over the samples of mean and
+    (biased) var in training, and stand for them in evaluation. With channels_last the channels are
+    x's last axis. The rest: device, dtype. (Ulyanov et al., 2016)
     """
 
     sizes: tuple[int, ...]
@@ -102,16 +114,22 @@ class InstanceNorm(Normalization):
         self,
         num_features: int,
         eps: float = 1e-5,
+        momentum: float = 0.1,
         affine: bool = False,
+        track_running_stats: bool = False,
         channels_last: bool = False,
         **rest: Any,
     ) -> None:
-        self.num_features, self.channels_last = num_features, channels_last
-        super().__init__(num_features, eps, affine, **rest)
+        self.num_features = num_features
+        settings = momentum, affine, track_running_stats, channels_last
+        super().__init__(num_features, eps, *settings, **rest)
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels("instance_norm", x, self.num_features, self.sizes, self.channels_last)
-        return functional.instance_norm(x, self.weight, self.bias, self.eps, self.channels_last)
+        tensors = self.running_mean, self.running_var, self.weight, self.bias
+        own = self.training or self.running_mean is None
+        settings = own, self.momentum, self.eps, self.channels_last
+        return functional.instance_norm(x, *tensors, *settings)
 
 
 class InstanceNorm1d(InstanceNorm):

@@ -263,13 +263,47 @@ class Pad(Movement):
         return Slice(tuple((before, size, 1) for (before, _), size in sizes))(out_grad)
 
 
-def pad(x: Operand, widths: Any, value: Scalar = 0) -> Tensor:
-    """x with `value` before and after each axis; widths: an int for all, or a pair (before, after)
-    for each axis."""
+def pad(x: Operand, widths: Any, value: Scalar = 0, mode: str = "constant") -> Tensor:
+    """x with more elements before and after each axis; widths: an int for all, or a pair (before,
+    after) for each axis.
+
+    mode: which ones: "constant": `value`; "reflect": x mirrored at its first and its last element;
+    "replicate": these two; "circular": x from its other end. ValueError where x has too few.
+    """
     x = as_tensor(x)
     widths = [(widths, widths)] * x.ndim if isinstance(widths, int) else widths
     check_fits("pad", value, x.dtype)
-    return Pad(tuple(as_shape("pad", pair) for pair in widths), value)(x)
+    padding = Pad(tuple(as_shape("pad", pair) for pair in widths), value)
+    return padding(x) if mode == "constant" else extended(x, padding, mode)
+
+
+def extended(x: Tensor, padding: Pad, mode: str) -> Tensor:
+    """x padded with elements of its own, axis after axis."""
+    modes = "constant", "reflect", "replicate", "circular"
+    expect(mode in modes, f"pad: expected a mode of {', '.join(modes)}; received {mode!r}")
+    expect(not padding.value, f"pad: expected no value with {mode!r}; received {padding.value!r}")
+    padding.infer(Spec(x.shape, x.dtype))
+    for axis, (before, after) in enumerate(padding.widths):
+        n, width = x.shape[axis], max(before, after)
+        most, first, last = {
+            "reflect": (n - 1, (before, before, -1), (n - 2, after, -1)),
+            "replicate": (width if n else 0, (0, 1, 1), (n - 1, 1, 1)),
+            "circular": (n, (n - before, before, 1), (0, after, 1)),
+        }[mode]
+        expected = f"{mode!r} widths of at most {most} for size {n}"
+        expect(width <= max(most, 0), f"pad: expected {expected}; received {(before, after)}")
+        if width:
+            ends = slice_axis(x, axis, first), slice_axis(x, axis, last)
+            if mode == "replicate":
+                ends = repeat(ends[0], before, axis), repeat(ends[1], after, axis)
+            x = concatenate([ends[0], x, ends[1]], axis)
+    return x
+
+
+def slice_axis(x: Tensor, axis: int, place: tuple[int, int, int]) -> Tensor:
+    """A range (start, size, step) of one axis, all of the others."""
+    whole = [(0, size, 1) for size in x.shape]
+    return Slice((*whole[:axis], place, *whole[axis + 1 :]))(x)
 
 
 @with_fields

@@ -3,7 +3,7 @@
     from needle.train import TrainConfig, Trainer
     Trainer.start(TrainConfig.for_data("digits"), name="first").fit()
 
-Read config.py, task.py, model.py, metrics.py, image.py, folder.py, generate.py, trainer.py;
+Read config.py, image.py, task.py, model.py, metrics.py, folder.py, generate.py, trainer.py;
 underneath lies needle/files.py.
 """
 
@@ -16,5 +16,6 @@ from needle.train.generate import write_text
 from needle.train.image import read_image
 from needle.train.metrics import MetricsFile, Progress, draw_curves, read_metrics
 from needle.train.model import Evaluation, class_probabilities, evaluate, make_model
-from needle.train.task import TASKS, Task, TextDataset, make_tokenizer, measures, open_data
+from needle.train.task import (TASKS, Task, TextDataset, make_tokenizer, measures, open_data,
+                               task_of)
 from needle.train.trainer import Interrupted, Trainer

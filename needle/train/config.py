@@ -1,7 +1,7 @@
 """The configuration of a run: what decides every bit of it. It is checked when it is made.
 
 In: numbers and names; each model and data set has defaults of its own. Out: a frozen TrainConfig,
-which stands in config.json. Next: task.py.
+which stands in config.json. Next: image.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "epochs": 20, "batch_size": 32, "lr": 0.003, "weight_decay": 5e-4, "schedule": "cosine",
     },
     ("resnet9", "digits"): {"batch_size": 32, "schedule": "cosine"},
+    ("resnet9", "folder"): {"batch_size": 32, "schedule": "cosine"},
     ("resnet9", "cifar10"): {"batch_size": 128, "schedule": "one_cycle"},
     ("resnet9", "cifar100"): {"batch_size": 128, "schedule": "one_cycle"},
     ("lstm", "text"): {
@@ -79,13 +80,13 @@ class TrainConfig:
     seed: of weights, order and dropout. checkpoint_every: in steps; there is a checkpoint after
     every evaluation, too. precision: bfloat16 trains under `ndl.autocast`, with parameters in
     float32. jit: whether a step is one compiled program, which changes no bit. vocab_size: of the
-    tokenizer, set when a run begins.
+    tokenizer, and classes: of a folder of pictures, set when a run begins.
 
     ValueError for a value out of range, TypeError for one of another type; both name the field.
     """
 
     model: str = choice("mlp_resnet", "resnet9", *LANGUAGE_MODELS)
-    data: str = choice("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "text")
+    data: str = choice("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "text")
     data_dir: str | None = checked(None, "a file's or folder's name", lambda x: x != "", str)
     tokenizer: str = checked("char", "char, byte or the path of a tokenizer.json", lambda x: x)
     epochs: int = integer(10, 1, 1_000_000)
@@ -116,6 +117,7 @@ class TrainConfig:
     precision: str = choice("float32", "bfloat16")
     jit: bool = flag(True)
     vocab_size: int = integer(0, 0, (1 << 31) - 1)
+    classes: tuple[str, ...] = checked((), "names", lambda x: all(type(each) is str for each in x))
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -139,11 +141,12 @@ class TrainConfig:
     def for_data(cls, data: str | None = None, **given: Any) -> TrainConfig:
         """The defaults for a model and a data set, with what is given in their place.
 
-        Without a data set: digits for models of images, text for those of language. Where epochs
-        are given and max_steps are not, the epochs count.
+        Without a data set: text for models of language, else the folder data_dir, or digits without
+        one. Where epochs are given and max_steps are not, the epochs count.
         """
         model = given.get("model", "mlp_resnet")
-        data = data or ("text" if model in LANGUAGE_MODELS else "digits")
+        images = "folder" if given.get("data_dir") else "digits"
+        data = data or ("text" if model in LANGUAGE_MODELS else images)
         defaults = dict(PRESETS.get((model, data), {}))
         if "epochs" in given:
             defaults.pop("max_steps", None)
@@ -157,4 +160,6 @@ class TrainConfig:
             found = json.loads(text)
             odd = ", ".join(sorted(set(found).symmetric_difference(cls.__dataclass_fields__)))
             expect(not odd, f"others than the fields of TrainConfig: {odd}")
-            return cls(**found)
+            classes = tuple(found["classes"])
+            expect(classes or found["data"] != "folder", "a folder without classes")
+            return cls(**{**found, "classes": classes})

@@ -1,7 +1,7 @@
 """Any picture as a model's input: of the model's size; for a model of grey images, light strokes on
 a dark ground.
 
-In: a file. Out: float32 (height, width, channels) in [0, 1]. Next: folder.py.
+In: a file. Out: float32 (height, width, channels) in [0, 1]. Next: task.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_image(path: AnyPath, shape: tuple[int, int, int], span: float = 1.0) ->
     """
     height, width, channels = shape
     if channels == 3:
-        return decode_picture(path, partial(cut_colour, (width, height)))
+        return read_colour(path, (width, height)) / np.float32(255)
     pillow, grey = decode_picture(path, lambda *given: (given[0], make_grey(*given)))
     pixels = np.asarray(grey)
     ground = np.median([*pixels[0], *pixels[-1], *pixels[:, 0], *pixels[:, -1]])
@@ -38,13 +38,19 @@ def read_image(path: AnyPath, shape: tuple[int, int, int], span: float = 1.0) ->
     return dark[..., None] / np.float32(255)
 
 
+def read_colour(path: AnyPath, size: tuple[int, int]) -> np.ndarray:
+    """The picture in a file in red, green and blue, bytes, resized and cut to a size (width,
+    height)."""
+    return decode_picture(path, partial(cut_colour, size))
+
+
 def cut_colour(size: tuple[int, int], pillow: Any, image: Any) -> np.ndarray:
     """The middle of a picture in red, green and blue, as large as has the size's proportions."""
     rgb = as_rgb(pillow, image)
     scale = min(side / new for side, new in zip(rgb.size, size, strict=True))
     margins = [(side - new * scale) / 2 for side, new in zip(rgb.size, size, strict=True)]
     box = (*margins, *(side - margin for side, margin in zip(rgb.size, margins, strict=True)))
-    return np.asarray(rgb.resize(size, pillow.Resampling.BILINEAR, box)) / np.float32(255)
+    return np.asarray(rgb.resize(size, pillow.Resampling.BILINEAR, box))
 
 
 def make_grey(pillow: Any, image: Any) -> Any:

@@ -3,7 +3,7 @@
 metrics.jsonl has a JSON object per line, for every step and every evaluation; "kind" says which
 ("step"; "epoch", or "evaluation" where these have a period of their own). A line is written by one
 system call, so that nobody reads half of one, not even after a kill. A run that goes on from a
-checkpoint first cuts off what was written after it. Next: image.py.
+checkpoint first cuts off what was written after it. Next: folder.py.
 """
 
 from __future__ import annotations

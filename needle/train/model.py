@@ -6,7 +6,7 @@ Next: metrics.py.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from needle.backend.device import Device
 from needle.data import DataLoader, TokenDataset
 from needle.models import GPT, GPTConfig, LSTMLanguageModel, ResNet9, make_mlp_resnet
 from needle.train.config import TrainConfig
-from needle.train.task import TASKS, enlarge
+from needle.train.task import Task, enlarge, task_of
 
 TEST_BATCH = 1000
 TEST_TOKENS = 8192  # in a batch of windows
@@ -30,12 +30,11 @@ def make_model(config: TrainConfig, device: Device | None = None) -> nn.Module:
     """
     if config.data == "text":
         return make_language_model(config, device)
-    classes = len(TASKS[config.data].classes)
+    task = cast(Task, task_of(config))
     if config.model == "resnet9":
-        return ResNet9(classes, device=device)
-    features = math.prod(TASKS[config.data].shape)
-    numbers = config.hidden_dim, config.num_blocks, classes, config.dropout
-    return make_mlp_resnet(features, *numbers, device)
+        return ResNet9(len(task.classes), device=device)
+    numbers = config.hidden_dim, config.num_blocks, len(task.classes), config.dropout
+    return make_mlp_resnet(math.prod(task.shape), *numbers, device)
 
 
 class BatchFirst(nn.Module):
@@ -74,7 +73,7 @@ def state_size(config: TrainConfig) -> int | None:
     if config.model == "gpt":
         vectors = (11 * blocks + 1 if config.bias else 0) + 2 * blocks + 1
         return (vocabulary + config.block_size + 12 * blocks * width + vectors) * width
-    half, task = width // 2, TASKS[config.data]
+    half, task = width // 2, cast(Task, task_of(config))
     block = (width + 1) * half + (half + 1) * width + 4 * (half + width)
     return (math.prod(task.shape) + 1) * width + blocks * block + (width + 1) * len(task.classes)
 

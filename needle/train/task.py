@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from needle.data import (
     CIFAR10Dataset,
     CIFAR100Dataset,
     ImageDataset,
+    ImageFolder,
     RandomCrop,
     RandomFlipHorizontal,
     TokenDataset,
@@ -33,7 +35,9 @@ from needle.data.cifar import CIFAR10_CLASSES
 from needle.errors import expect
 from needle.files import FileError
 from needle.train.config import TrainConfig
+from needle.train.image import read_colour
 
+Samples = list[tuple[Path, int]]
 SIDE = 32  # of the images that resnet9 takes
 TRAIN_SHARE = 0.9  # of a text; the rest tests
 
@@ -59,6 +63,13 @@ TASKS = {
 }
 
 
+def task_of(config: TrainConfig) -> Task | None:
+    """What the configured data set of images asks; None of text."""
+    if config.data == "folder":
+        return Task((SIDE, SIDE, 3), config.classes)
+    return TASKS.get(config.data)
+
+
 def open_data(config: TrainConfig, train: bool, tokenizer: Tokenizer | None = None) -> Any:
     """The samples to train with, or those to test with; a text needs its tokenizer.
 
@@ -68,7 +79,7 @@ def open_data(config: TrainConfig, train: bool, tokenizer: Tokenizer | None = No
     if config.data == "text":
         return open_text(config, train, tokenizer or make_tokenizer(config))
     found: Any = open_images(config, train)
-    expected, received = TASKS[config.data].shape, found.images.shape[1:]
+    expected, received = cast(Task, task_of(config)).shape, found.images.shape[1:]
     message = f"{config.data}: expected images of shape {expected}; received {received}"
     expect(expected == received, message)
     if config.model == "resnet9":
@@ -85,11 +96,56 @@ def open_images(config: TrainConfig, train: bool) -> ImageDataset:
         return fetched(config.data_dir, train)
     if config.data == "digits":
         return digits(train)
+    if config.data == "folder":
+        return open_folder(config, train)
     folder, change = config.data_dir, [RandomFlipHorizontal(), RandomCrop(4)] if train else None
     archive = "the folder that CIFAR's binary archive unpacks to: --data-dir FOLDER"
     expect(folder, f"{config.data}: expected {archive}; received none")
     kind = CIFAR10Dataset if config.data == "cifar10" else CIFAR100Dataset
     return kind(folder or "", train, transforms=change)
+
+
+def split_folder(config: TrainConfig) -> tuple[tuple[str, ...], Samples, Samples]:
+    """The classes of a folder, and its pictures with their classes: to train, and to test with.
+
+    A folder with the folders train and test, valid or val has them; of others every tenth tests.
+    """
+    expected = "a folder of pictures for each class: --data-dir FOLDER"
+    expect(config.data_dir, f"folder: expected {expected}; received none")
+    root = Path(config.data_dir or "")
+    parts = [root / name for name in ("test", "valid", "val") if (root / name).is_dir()]
+    if parts and (root / "train").is_dir():
+        first, second = ImageFolder(root / "train"), ImageFolder(parts[0])
+        found = f"in {parts[0]}, as in {root / 'train'}; received {second.classes}"
+        expect(first.classes == second.classes, f"folder: expected {first.classes} {found}")
+        train, test = first.samples, second.samples
+    else:
+        first = ImageFolder(root)
+        test = first.samples[9::10]
+        train = [each for place, each in enumerate(first.samples) if place % 10 != 9]
+    received = f"{len(first.classes)} and {len(train) + len(test)}"
+    fits = len(first.classes) > 1 and test
+    expect(fits, f"folder: expected two classes and ten pictures at least; received {received}")
+    return tuple(first.classes), train, test
+
+
+def open_folder(config: TrainConfig, train: bool) -> ImageDataset:
+    """The pictures of a folder, resized and cut to their middles; in training they are shifted."""
+    classes, *parts = split_folder(config)
+    received = f"received {classes} in {config.data_dir}"
+    expect(config.classes in ((), classes), f"folder: expected {config.classes}; {received}")
+    paths, labels = zip(*parts[0 if train else 1], strict=True)
+    images = np.stack([read_colour(path, (SIDE, SIDE)) for path in paths])
+    return ImageDataset(images, labels, [RandomCrop(4)] if train else None, scale=255)
+
+
+def completed(config: TrainConfig, tokenizer: Tokenizer | None) -> TrainConfig:
+    """The configuration with what the data decides: the size of the vocabulary, or the classes."""
+    if tokenizer is not None:
+        return replace(config, vocab_size=tokenizer.vocab_size)
+    if config.data == "folder" and not config.classes:
+        return replace(config, classes=split_folder(config)[0])
+    return config
 
 
 def enlarge(images: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +33,7 @@ from needle.train import folder
 from needle.train.config import TrainConfig
 from needle.train.metrics import MetricsFile, Progress
 from needle.train.model import evaluate, in_rows, make_model
-from needle.train.task import TASKS, make_tokenizer, measures, open_data
+from needle.train.task import completed, make_tokenizer, measures, open_data, task_of
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmsprop": optim.RMSprop,
@@ -62,7 +61,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
         if config.data == "text":
             tokenizer = tokenizer or make_tokenizer(config)
-            config = replace(config, vocab_size=tokenizer.vocab_size)
+        config = completed(config, tokenizer)
         self.config, self.tokenizer = config, tokenizer
         self.data, self.test_data = (open_data(config, part, tokenizer) for part in (True, False))
         device = folder.usable_device(config.device)
@@ -188,7 +187,7 @@ class Trainer:
 
     def run_test(self, metrics: MetricsFile) -> None:
         """Evaluate; write the record of that and the model."""
-        progress, task = self.progress, TASKS.get(self.config.data)
+        progress, task = self.progress, task_of(self.config)
         found = evaluate(self.model, self.test_data, task and len(task.classes))
         kind = "evaluation" if self.config.eval_every else "epoch"
         record: dict[str, Any] = {"kind": kind, "step": progress.step, "epoch": progress.epoch}

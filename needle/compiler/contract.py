@@ -53,7 +53,7 @@ PITCH = BLOCK + 64  # bytes between its rows: not a power of two, which would sh
 SKEW = 128  # bytes between packed panels, likewise
 GRAIN = 5e5  # operations that are worth a unit
 UNITS = 8  # units of columns, at most
-SPEED = 100.0  # operations per ns, for the cost of a unit
+SPEED, PACE = 100.0, 15.0  # operations and bytes of memory per ns, for the cost of a unit
 
 
 class Function(Writer):
@@ -1053,7 +1053,10 @@ def structure(c: Contraction, bits: int | None = None) -> Structure:
     core = core_of(c, bits or vector_bits())
     cut = tiling(c, core)
     units = prod(c.batch) * cut.down * cut.across
-    cost = 10 + 2 * prod(c.batch) * c.m * c.n * c.k / (SPEED * max(units, 1))
+    work = 2 * c.m * c.n * c.k / SPEED
+    if cut.thin:
+        work = max(work, roles(c)[1] * c.k * core.width / PACE)
+    cost = 10 + prod(c.batch) * work / max(units, 1)
     return walk(c, core, cut).structure(units, cost, core.scratch)
 
 

@@ -283,7 +283,7 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
             x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
             following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
         for line in range(0, core.span, 64):
-            f.prefetch(f.byte(ahead, line))
+            f.prefetch(f.byte(ahead, line), 2)
         turned = f.test("eq", f.whole("and", left, 31), 0)
         ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
         places = [f.byte(a, 16 * size), f.byte(b, "%step"), ahead]

@@ -489,6 +489,42 @@ def test_a_step_is_a_product_and_a_loop(monkeypatch: pytest.MonkeyPatch) -> None
     assert "define" in step.explain("llvm")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_matrix_is_laid_out_before_the_loop(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Blocks of 256 bytes of columns, forward and, of its transpose, backward; the same bits as
+    without them and as in a loop in Python."""
+    monkeypatch.setenv("NEEDLE_CACHE_DIR", "off")
+    given = [
+        data(*shape, seed=n, dtype=dtype)
+        for n, shape in enumerate([(12, 64), (5, 12, 128), (64, 128)])
+    ]
+
+    def run(scan: Function, h: Tensor, xs: Tensor, w: Tensor) -> list[Tensor]:
+        def body(h: Tensor, x: Tensor) -> Any:
+            a, b = ops.split(ops.tanh(x + h @ w), 1, 64)
+            h = a + (b @ w)[:, :64] * 0.5
+            return h, h
+
+        return leaves(scan(body, h, xs))
+
+    blocked = ndl.jit(lambda *x: [*run(ndl.scan, *x), *grads_of(run, x)])
+    found = [y.numpy().copy() for y in blocked(*given)]
+    inner = [nest for each in nests_of(blocked) if isinstance(each, Repeat) for nest in each.nests]
+    batches = [nest.batch for nest in inner if isinstance(nest, Contraction)]
+    wanted = {(2,), ()} if dtype == "float32" else {(4,), (2,)}  # a narrow matrix stays as it is
+    assert set(batches) == wanted
+    assert_same_bits(found[1], run(unrolled, *given)[1].numpy())
+    compiler.OFF.add("simplify")
+    try:
+        plain = ndl.jit(lambda *x: [*run(ndl.scan, *x), *grads_of(run, x)])(*given)
+    finally:
+        compiler.OFF.clear()
+    for y, wanted in zip(found, plain, strict=True):
+        assert_same_bits(y, wanted.numpy())
+
+
 def test_another_length_compiles_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEEDLE_CACHE_DIR", "off")
     step, _ = recurrent(96)

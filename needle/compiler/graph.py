@@ -25,10 +25,11 @@ from needle.autograd import Op, Value, flattened, pending_inputs, post_order
 from needle.backend.numpy import compute
 from needle.compiler import OFF
 from needle.compiler.simplify import rewrite
-from needle.dtype import LOW_PRECISION, float32
+from needle.dtype import LOW_PRECISION, float32, float64
 from needle.ops.composite import CompositeMethods, placeholder, tracing
-from needle.ops.elementwise import AddScalar, Cast
-from needle.ops.movement import Reshape, Slice, Split
+from needle.ops.contract import MatMul
+from needle.ops.elementwise import AddScalar, BroadcastTo, Cast, StopGradient
+from needle.ops.movement import Permute, Reshape, Slice, Split
 from needle.ops.scan import Scan
 from needle.ops.tuples import FusedAddScalars, Together
 
@@ -220,6 +221,55 @@ class Builder:
         return known
 
 
+WIDE = 256  # bytes: how wide a block of columns is
+TURNS = 4  # of a loop, for which it is worth it
+SOME = range(9, 129)  # rows that read a matrix as it lies, and that do not wait for memory
+
+
+class Body(Builder):
+    """Makes the nodes of a loop's body. A matrix that few rows meet in every turn is laid out once
+    before the loop: blocks of columns, each in one piece, which a contraction reads as they lie."""
+
+    def __init__(
+        self, outside: Builder, op: Scan, inputs: Sequence[Node], specs: Sequence[Any]
+    ) -> None:
+        super().__init__()
+        self.outside, self.place, self.turns = outside, outside.place, op.length
+        self.inputs = list(inputs)
+        self.leaves = [Node(Input(n), (), x) for n, x in enumerate(specs[: len(inputs)])]
+        given = op.carries + op.xs
+        self.captured = dict(zip(self.leaves[given:], inputs[given:], strict=True))
+        self.blocks: dict[Node, Node] = {}  # of a matrix -> the leaf
+
+    def make(self, op: Any, *inputs: Node) -> Node:
+        blocks = self.blocks_of(*inputs) if type(op) is MatMul else None
+        if blocks is None:
+            return super().make(op, *inputs)
+        a, (count, _, wide) = inputs[0], blocks.shape
+        rows = self.make(BroadcastTo((count, *a.shape)), self.make(Reshape((1, *a.shape)), a))
+        y = self.make(Permute((1, 0, 2)), super().make(op, rows, blocks))
+        return self.make(Reshape((a.shape[0], count * wide)), y)
+
+    def blocks_of(self, a: Node, b: Node) -> Node | None:
+        """The blocks (n / wide, k, wide) of a matrix (k, n), if it is worth it."""
+        source = b.inputs[0] if type(b.op) is Permute else b
+        k, n = b.shape[-2:]
+        wide = WIDE // b.spec.dtype.itemsize
+        fits = source in self.captured and len(b.shape) == 2 and len(a.shape) == 2
+        fits = fits and b.spec.dtype in (float32, float64) and n > wide and n % wide == 0
+        if "simplify" in OFF or not fits or a.shape[0] not in SOME or self.turns < TURNS:
+            return None
+        if b not in self.blocks:
+            make, x = self.outside.make, self.captured[source]
+            x = x if b is source else make(b.op, x)
+            x = make(Permute((1, 0, 2)), make(Reshape((k, n // wide, wide)), x))
+            copy = Node(StopGradient(), (x,), x.spec, self.place)
+            self.blocks[b] = Node(Input(len(self.leaves)), (), x.spec)
+            self.leaves.append(self.blocks[b])
+            self.inputs.append(copy)
+        return self.blocks[b]
+
+
 def trace(
     inputs: Sequence[Any], outputs: Sequence[Value], places: Mapping[Value, str] | None = None
 ) -> Graph:
@@ -304,12 +354,12 @@ def split(builder: Builder, op: Split, x: Node) -> tuple[Node, ...]:
 def repeat(builder: Builder, op: Scan, inputs: Sequence[Node]) -> tuple[Node, ...]:
     """scan(...) -> a loop; the values of a carry that are also a y, before or after each turn, are
     one array, of which y is a view."""
-    specs, inside = op.inner([x.spec for x in inputs]), Builder()
-    inside.place = builder.place
-    values: list[Any] = [Node(Input(n), (), x) for n, x in enumerate(specs[: len(inputs)])]
+    specs = op.inner([x.spec for x in inputs])
+    inside = Body(builder, op, inputs, specs)
+    values: list[Any] = [*inside.leaves]
     for step, spec in zip(op.body.steps, specs[len(inputs) :], strict=True):
         values.append(apply(inside, step.op, flattened([values[n] for n in step.sources]), spec))
-    leaves, found = values[: len(inputs)], [values[n] for n in op.body.outputs]
+    leaves, found = inside.leaves, [values[n] for n in op.body.outputs]
     after, ys = found[: op.carries], found[op.carries :]
     if not op.length:
         empty = [np.zeros((0, *y.shape), y.spec.dtype) for y in ys]
@@ -324,7 +374,7 @@ def repeat(builder: Builder, op: Scan, inputs: Sequence[Node]) -> tuple[Node, ..
     shapes = [(n, *y.shape) for n, y in zip(sizes, body.outputs, strict=True)]
     specs = [y.spec.with_shape(shape) for y, shape in zip(body.outputs, shapes, strict=True)]
     loop = Repeat(body, op.carries, op.xs, op.length, op.reverse, keeps)
-    node = Node(loop, tuple(inputs), tuple(specs), builder.place)
+    node = Node(loop, tuple(inside.inputs), tuple(specs), builder.place)
     items = [Node(Item(n), (node,), spec, builder.place) for n, spec in enumerate(specs)]
     stacks = dict(zip(rest, items[op.carries :], strict=True))
 

@@ -44,8 +44,7 @@ SMALL = 4  # rows of the micro-kernel for what is left of a strip, and of a unit
 FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it is swept with
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
-AHEAD = 256  # bytes that are fetched before they are due
-LONG = 1024  # columns of a thin block, beyond which a row is fetched along itself
+AHEAD, FAR = 1024, 1 << 17  # bytes: what is fetched along a column, where the next are far
 GROUP = 8  # strips that are packed together
 BLOCK = 2048  # bytes: how wide a block of accumulators is at most
 TALL = 512  # how many rows it has at most where sums wait for the next segment
@@ -283,7 +282,7 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
             x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
             following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
         for line in range(0, core.span, 64):
-            f.prefetch(f.byte(ahead, line), 2)
+            f.prefetch(f.byte(ahead, line))
         turned = f.test("eq", f.whole("and", left, 31), 0)
         ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
         places = [f.byte(a, 16 * size), f.byte(b, "%step"), ahead]
@@ -344,6 +343,9 @@ def emit_dots(core: Core, rows: int) -> str:
     few, kind = Few(core, f, rows), typed(value, lanes)
     last, rest = f.whole("sub", "%columns", 1), f.whole("srem", "%count", lanes)
     whole = f.whole("sub", "%count", rest)
+    # What is due next lies further on in a long column, or in the next columns
+    ahead = f.whole("mul", "%outer", lanes)
+    ahead = f.choose(f.test("sgt", ahead, FAR), AHEAD, ahead)
     with f.span("%columns", lanes) as j:
         columns = [f.least_of(f.whole("add", j, lane), last) for lane in range(lanes)]
         starts = [f.byte("%b", each, "%outer") for each in columns]
@@ -351,7 +353,7 @@ def emit_dots(core: Core, rows: int) -> str:
         def square(k: str, sums: list[str]) -> list[str]:
             places = [f.byte(start, k, core.width) for start in starts]
             for place in places:
-                f.prefetch(f.byte(place, lanes, "%outer"), 2)
+                f.prefetch(f.byte(place, ahead), 2)
             found = [core.fetch(f, place, lanes) for place in places]
             turned = Square(f, value, lanes).turned(found)
             for column, numbers in zip(turned, few.numbers(k, lanes), strict=True):

@@ -1059,16 +1059,18 @@ INDEX = [
         (Input(values=np.array([3, 0, 2])),),
     ),
     Row(
-        "Checked, ignored",
+        "Checked",
         lambda i: Checked("labels", 4, False, -7)(i),
         lambda i: i,
         (Input(values=np.array([3, -7, 2])),),
+        case="ignored",
     ),
     Row(
-        "Checked, from the end",
+        "Checked",
         lambda i: Checked("labels", 4, True, 9)(i),
         lambda i: np.array([3, 9, 0, 3]),
         (Input(values=np.array([3, 9, -4, -1])),),
+        case="from the end",
     ),
     Row(
         "one_hot",

@@ -42,6 +42,7 @@ from needle.ops.order import SEGMENT
 DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 SMALL = 4  # rows of the micro-kernel for what is left of a strip, and of a unit
 FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it is swept with
+SWEPT = 8  # of a thin block that go through its columns together
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
 AHEAD, FAR = 1024, 1 << 17  # bytes: what is fetched along a column, where the next are far
@@ -309,18 +310,18 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
 # Thin blocks: few rows, for which b is read once, as fast as memory gives it, and never packed
 
 THIN = (
-    "(i64 %count, ptr %a, i64 %row, i64 %last, ptr %b, i64 %outer, i64 %inner, "
-    "i64 %columns, ptr %c, ptr %chains, i1 %more)"
+    "(i64 %count, ptr %a, i64 %last, ptr %b, i64 %outer, i64 %inner, i64 %columns, ptr %c, "
+    "ptr %chains, i1 %more)"
 )
 
 
 class Few:
-    """The rows of a thin block, whose terms are neighbours: that of number %last stands in for
-    those beyond it."""
+    """The rows of a thin block, copied so that none share cache sets: that of number %last stands
+    in for those beyond it."""
 
     def __init__(self, core: Core, f: Function, rows: int) -> None:
         self.core, self.f = core, f
-        self.starts = [f.byte("%a", f.least_of(r, "%last"), "%row") for r in range(rows)]
+        self.starts = [f.byte("%a", f.least_of(r, "%last"), core.strip) for r in range(rows)]
 
     def numbers(self, k: str, terms: int) -> Iterator[list[str]]:
         """Of some terms from k on the rows' numbers, each in all lanes."""
@@ -393,9 +394,8 @@ def emit_sweep(core: Core, rows: int) -> str:
     f, value, lanes = Function(f"sweep{rows}", THIN), core.value, core.lanes
     left = f.whole("srem", "%columns", lanes)
     whole, some, mask = f.whole("sub", "%columns", left), f.test("sgt", left, 0), core.mask(f, left)
-    most = 8  # terms
     few = Few(core, f, rows)
-    ahead = f.whole("mul", "%inner", most)  # the next rows
+    ahead = f.whole("mul", "%inner", SWEPT)  # the next rows
 
     def add(k: str, starts: Sequence[str], j: str, mask: str | None) -> None:
         places = rows_of(f, "%chains", j, core.size, rows)
@@ -410,8 +410,8 @@ def emit_sweep(core: Core, rows: int) -> str:
     with f.span("%columns", lanes) as j:
         for place in rows_of(f, "%chains", j, core.size, rows):
             f.store(constant(0, value, lanes), place, value, lanes)
-    middle = f.whole("sub", "%count", f.whole("srem", "%count", most))
-    for several, first, stop in ((most, 0, middle), (1, middle, "%count")):
+    middle = f.whole("sub", "%count", f.whole("srem", "%count", SWEPT))
+    for several, first, stop in ((SWEPT, 0, middle), (1, middle, "%count")):
         with f.span(stop, several, first) as k:
             starts = [f.byte("%b", f.whole("add", k, n), "%inner") for n in range(several)]
             with f.span(whole, lanes) as j:
@@ -845,7 +845,7 @@ class Block:
             for rows in sorted(FEW, reverse=True):
                 fits = f.let(f"and i1 {here}, {f.test('sle', '%rows', rows)}")
                 work = f.choose(fits, f"@{name}{rows}", work, "ptr")
-        left = (self.count, self.strips, core.strip, f.whole("sub", "%rows", 1))
+        left = (self.count, self.strips, f.whole("sub", "%rows", 1))
         right = (b.start, b.outer, b.inner, "%columns", self.sums, self.panels, self.more)
         f.run(work, THIN, *left, *right)
         with f.under(self.final):

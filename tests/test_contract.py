@@ -410,7 +410,8 @@ def check_between_walls(c: Contraction, memory: dict[Buffer, np.ndarray], at_end
 @pytest.mark.parametrize("orders", ORDERS)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int64"])
 def test_nothing_beyond_the_operands_is_read(name: str, orders: tuple[str, str]) -> None:
-    for sizes, at_end in product([*EDGES, (20, 1, 9), (17, 43, 258)], (False, True)):
+    more = [(20, 1, 9), (17, 43, 258), (270, 43, 258)]
+    for sizes, at_end in product([*EDGES, *more], (False, True)):
         c, memory = matmul(dtype_of(name), sizes, orders=orders)
         check_between_walls(c, memory, at_end)
 
@@ -429,6 +430,20 @@ def test_epilogue_reads_and_stores() -> None:
     stores = (Store(place, loops.maximum(total, 0.0)), turned)
     c.epilogue = Nest((m,), n, ROWS, stores)
     check(c, memory)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "int32"])
+def test_sums_that_are_only_stored(name: str) -> None:
+    """Into a part of something larger, whose rest stays; at every edge of tiles and segments."""
+    dtype = np.dtype(name)
+    for (m, n, k), batch in product([*EDGES, (31, 70, 600), (150, 64, 20)], ((), (2,))):
+        c, memory = matmul(dtype, (m, n, k), batch)
+        value, pitch = c.epilogue.stores[0].value, n + 3
+        out = Buffer("out", dtype, 5 + math.prod(batch) * (m + 2) * pitch)
+        memory[out] = draw(out.size, dtype)
+        steps = [((m + 2) * pitch) for _ in batch] + [pitch, 1]
+        c.epilogue.stores = (Store(Access(out, 5, tuple(enumerate(steps))), value),)
+        check(c, memory)
 
 
 def test_sizes_and_strides_are_arguments() -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from math import ceil, prod
 from typing import Any, cast
 
@@ -81,6 +81,9 @@ class Function(Writer):
 
     def choose(self, condition: str, a: object, b: object, kind: str = "i64") -> str:
         return self.let(f"select i1 {condition}, {kind} {a}, {kind} {b}")
+
+    def all(self, *conditions: str) -> str:
+        return reduce(lambda a, b: self.let(f"and i1 {a}, {b}"), conditions)
 
     def run(self, target: str, head: str, *given: object) -> None:
         """Call a function whose parameters are `head`."""
@@ -214,6 +217,7 @@ class Core:
     def emit(self, name: str) -> str:
         """The module that defines the core under a name."""
         micros = [emit_micro(self, rows, n) for rows in (self.rows, SMALL) for n in (2, 1)]
+        micros += [] if self.dot else [emit_micro(self, self.rows, 2, packs=True)]
         turns = [emit_transpose(self, side) for side in self.sides]
         spreads = [emit_spread(self, name) for name in self.packing]
         packers = [emit_copy(self), *spreads, *turns, emit_gather(self), emit_pack(self)]
@@ -256,28 +260,35 @@ class Core:
 
 
 MICRO = (
-    "(i64 %count, ptr %a, ptr %b, i64 %step, i64 %lanes, ptr %c, i1 %more, "
-    "ptr %ahead, i64 %stride, i64 %turn)"
+    "(i64 %count, ptr %a, ptr %b, i64 %step, i64 %lanes, ptr %panel, ptr %c, i1 %more, "
+    "ptr %out, i64 %pitch, ptr %ahead, i64 %stride, i64 %turn)"
 )
 
 
-def emit_micro(core: Core, rows: int, vectors: int) -> str:
-    """A tile of chains over `count` terms, in registers: c = tile, or c += tile where `more`.
+def emit_micro(core: Core, rows: int, vectors: int, packs: bool = False) -> str:
+    """A tile of chains over `count` terms, in registers: out = tile, or c + tile where `more`.
 
-    a is a packed strip. Of b's last vector `lanes` lanes are columns. What is packed next is
-    fetched into the cache by the way: a line or two a term, `stride` bytes on, after 32 by `turn`
-    more.
+    a is a packed strip. Of b's last vector `lanes` lanes are columns. out's rows are `pitch` bytes
+    apart. What is packed next is fetched into the cache by the way: a line or two a term, `stride`
+    bytes on, after 32 by `turn` more. packs: b is read as it lies, and what is read is kept as
+    `panel`.
     """
     value, lanes, size = core.value, core.lanes, core.size
     term = uint32 if core.dot else value
-    f = Function(f"micro{rows}.{vectors}", MICRO)
-    mask = core.mask(f, "%lanes") if core.masks else None
+    f = Function(f"{'first' if packs else 'micro'}{rows}.{vectors}", MICRO)
+    masks = [*[None] * (vectors - 1), core.mask(f, "%lanes") if core.masks else None]
+    width = core.width if packs else size
 
     def turn(values: list[str]) -> list[str]:
-        left, a, b, ahead, *sums = values
-        places = [f.byte(b, v * core.bits // 8) for v in range(vectors)]
-        columns = [f.load(each, term, lanes) for each in places[:-1]]
-        columns.append(f.load(places[-1], term, lanes, mask))
+        left, a, b, ahead, panel, *sums = values
+        places = [f.byte(b, v * lanes * width) for v in range(vectors)]
+        pairs = zip(places, masks, strict=True)
+        if packs:
+            columns = [core.fetch(f, place, lanes, mask) for place, mask in pairs]
+            for v, x in enumerate(columns):
+                f.store(x, f.byte(panel, v * core.bits // 8), value, lanes)
+        else:
+            columns = [f.load(place, term, lanes, mask) for place, mask in pairs]
         rest, following = iter(sums), []
         for r in range(rows):
             x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
@@ -287,23 +298,25 @@ def emit_micro(core: Core, rows: int, vectors: int) -> str:
         turned = f.test("eq", f.whole("and", left, 31), 0)
         ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
         places = [f.byte(a, 16 * size), f.byte(b, "%step"), ahead]
+        places.append(f.byte(panel, core.columns * size) if packs else panel)
         return [f.whole("sub", left, 1), *places, *following]
 
-    places = [
-        f.byte("%c", r * PITCH + v * core.bits // 8) for r in range(rows) for v in range(vectors)
-    ]
-    for place in places:  # needed at the end
+    starts = [(r, v * core.bits // 8) for r in range(rows) for v in range(vectors)]
+    before = [f.byte("%c", r * PITCH + start) for r, start in starts]
+    for place in before:  # needed at the end
         f.prefetch(place)
     zeros = [(typed(value, lanes), "zeroinitializer")] * (rows * vectors)
-    carried = [("i64", "%count"), ("ptr", "%a"), ("ptr", "%b"), ("ptr", "%ahead"), *zeros]
-    found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), turn)[4:]
+    pointers = [("ptr", each) for each in ("%a", "%b", "%ahead", "%panel")]
+    carried = [("i64", "%count"), *pointers, *zeros]
+    found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), turn)[5:]
+    places = [f.byte(f.byte("%out", r, "%pitch"), start) for r, start in starts]
     with f.under("%more"):
-        for x, place in zip(found, places, strict=True):
-            f.store(core.add(f, f.load(place, value, lanes), x), place, value, lanes)
+        for x, place, out in zip(found, before, places, strict=True):
+            f.store(core.add(f, f.load(place, value, lanes), x), out, value, lanes)
         f.do("ret void")
         f.begin("first")
-    for x, place in zip(found, places, strict=True):
-        f.store(x, place, value, lanes)
+    for x, out in zip(found, places, strict=True):
+        f.store(x, out, value, lanes)
     return f.text
 
 
@@ -591,7 +604,7 @@ def emit_pack(core: Core) -> str:
     along, across = (f.test("eq", each, core.width) for each in ("%inner", "%outer"))
     way = "@gather"
     for side in core.sides:
-        fits = f.let(f"and i1 {across}, {f.test('sge', '%rows', side)}")
+        fits = f.all(across, f.test("sge", "%rows", side))
         way = f.choose(fits, f"@transpose{side}", way, "ptr")
     given = ("%to", "%pitch", "%from", "%outer", "%inner", "%rows", "%length")
     f.run(f.choose(along, "@copy", way, "ptr"), PACK, *given)
@@ -735,10 +748,10 @@ def emit_lay(core: Core, name: str) -> str:
 STEPS = ("a_outer", "a_inner", "b_outer", "b_inner")  # strides, in elements
 FLAGS = ("pack_b", "turn", "thin")
 WAYS = ("a_way", "a_run", "b_way", "b_run")  # of windows
-FIELDS = ("k", *STEPS, *FLAGS, *WAYS)  # the arguments that the core reads, in this order
+FIELDS = ("k", *STEPS, *FLAGS, *WAYS, "c_outer")  # the arguments that the core reads, in order
 TABLES = ("a_rows", "a_terms", "b_rows", "b_terms")  # of windows, else null
 BLOCKED = (
-    "(ptr %fields, ptr %a, ptr %b, i64 %m, i64 %rows, i64 %n, i64 %columns, ptr %scratch, "
+    "(ptr %fields, ptr %a, ptr %b, ptr %c, i64 %m, i64 %rows, i64 %n, i64 %columns, ptr %scratch, "
     f"ptr %epilogue, ptr %args, i64 %batch, {', '.join(f'ptr %{each}' for each in TABLES)})"
 )
 EPILOGUE = (
@@ -804,6 +817,8 @@ class Block:
         self.sums = f.byte(self.panels, BLOCK // (core.columns * self.size) * core.panel)
         self.turned = f.byte(self.sums, max(FEW) * THIN_PITCH)
         self.a, self.b = self.a.moved("%m", 0), self.b.moved("%n", 0)
+        self.pitch = f.whole("mul", given["c_outer"], self.size)  # of an output, or 0
+        self.out = f.byte(f.byte("%c", "%m", self.pitch), "%n", self.size)
         self.segments(given["k"])
 
     def segments(self, depth: str) -> None:
@@ -843,7 +858,7 @@ class Block:
         work = "null"
         for name, here in (("dots", "true"), ("sweep", f.test("eq", b.outer, core.width))):
             for rows in sorted(FEW, reverse=True):
-                fits = f.let(f"and i1 {here}, {f.test('sle', '%rows', rows)}")
+                fits = f.all(here, f.test("sle", "%rows", rows))
                 work = f.choose(fits, f"@{name}{rows}", work, "ptr")
         left = (self.count, self.strips, f.whole("sub", "%rows", 1))
         right = (b.start, b.outer, b.inner, "%columns", self.sums, self.panels, self.more)
@@ -878,35 +893,49 @@ class Block:
         return self.f.byte(self.panels, self.f.whole("udiv", j, self.core.columns), self.core.panel)
 
     def width(self, j: str) -> tuple[str, str]:
-        """How wide a panel is, and whether it is read where it lies."""
+        """How wide a panel is, and whether it can be read where it lies."""
         f, core = self.f, self.core
         width = f.least_of(f.whole("sub", "%columns", j), core.columns)
         whole = f.test("eq", f.whole("srem", width, core.lanes), 0)
-        return width, f.choose(self.pack_b, "false", "true" if core.masks else whole, "i1")
+        return width, "true" if core.masks else whole
 
     def tiles(self, i: str, rows: str, strip: str, following: Source, b: Source, sums: str) -> None:
-        """The tiles of a strip, and what becomes of them after the last segment."""
+        """The tiles of a strip, and what becomes of them after the last segment: whole ones go
+        straight to an output that asks for nothing else."""
         f, core = self.f, self.core
         large = f.test("sgt", rows, core.rows // 2 + 1)
+        flat = f.all(large, f.test("eq", b.outer, core.width))
+        straight = f.all(self.final, f.test("ne", self.pitch, 0), f.test("eq", rows, core.rows))
+        done = f.whole("sub", "%columns", f.whole("srem", "%columns", core.columns))
+        done, line = f.choose(straight, done, 0), f.byte(self.out, i, self.pitch)
         heights = ((core.rows, large), (SMALL, f.choose(large, "false", "true", "i1")))
         with f.span("%columns", core.columns) as j:
-            width, direct = self.width(j)
-            source = f.choose(direct, f.byte(b.start, j, b.outer), self.panel(j), "ptr")
-            with f.under(f.choose(direct, "false", self.first, "i1")):
+            width, readable = self.width(j)
+            double, lies = (
+                f.test("sgt", width, core.lanes),
+                f.choose(self.pack_b, "false", readable, "i1"),
+            )
+            packs = f.choose(lies, "false", self.first, "i1")
+            by_the_way = "false" if core.dot else f.all(packs, readable, double, flat)
+            with f.under(f.choose(by_the_way, "false", packs, "i1")):
                 self.pack("panels", self.panel(j), b.moved(j, 0), width)
+            direct = f.let(f"or i1 {lies}, {by_the_way}")
+            source = f.choose(direct, f.byte(b.start, j, b.outer), self.panel(j), "ptr")
             ahead = self.ahead(j, b, following)
             step = f.choose(direct, b.inner, core.columns * self.size)
-            double = f.test("sgt", width, core.lanes)
             lanes = f.choose(double, f.whole("sub", width, core.lanes), width)
-            target = f.byte(sums, j, self.size)
+            target, whole = f.byte(sums, j, self.size), f.test("slt", j, done)
             for height, fits in heights:
                 micro = f.choose(double, f"@micro{height}.2", f"@micro{height}.1", "ptr")
+                if height == core.rows and not core.dot:
+                    micro = f.choose(by_the_way, f"@first{height}.2", micro, "ptr")
                 with f.under(fits), f.span(rows, height) as r:
                     left, to = f.byte(strip, r, self.size), f.byte(target, r, PITCH)
-                    tile = (self.terms, left, source, step, lanes, to, self.more)
-                    f.run(micro, MICRO, *tile, *ahead)
-        with f.under(self.final):
-            self.finish(i, rows, sums)
+                    out = f.choose(whole, f.byte(line, j, self.size), to, "ptr")
+                    tile = (self.terms, left, source, step, lanes, self.panel(j), to, self.more)
+                    f.run(micro, MICRO, *tile, out, f.choose(whole, self.pitch, PITCH), *ahead)
+        with f.under(f.all(self.final, f.test("slt", done, "%columns"))):
+            self.finish(i, rows, sums, done)
 
     def ahead(self, j: str, b: Source, following: Source) -> list[str]:
         """What is packed next, and how a tile's turns walk through it: b's next panel, or, while a
@@ -938,8 +967,9 @@ class Block:
         first, stride, turn = (f.choose(windows, *each) for each in pairs)
         return first, stride, turn
 
-    def finish(self, i: str, rows: str, sums: str) -> None:
-        """The epilogue of a strip; one that is computed in place of its transpose is turned."""
+    def finish(self, i: str, rows: str, sums: str, done: object = 0) -> None:
+        """The epilogue of a strip, from a column on; one that is computed in place of its
+        transpose is turned."""
         f, size = self.f, self.size
         first, ld = f.whole("add", "%m", i), 16
         pitch = f.choose(self.thin, THIN_PITCH, PITCH)
@@ -947,7 +977,8 @@ class Block:
             x = f.load(f.byte(f.byte(sums, r, pitch), j, size), self.core.value, 0)
             place = f.byte(f.byte(self.turned, j, ld * size), r, size)
             f.store(x, place, self.core.value, 0)
-        plain = (sums, f.whole("udiv", pitch, size), first, rows, "%n", "%columns")
+        left = f.whole("add", "%n", done), f.whole("sub", "%columns", done)
+        plain = (f.byte(sums, done, size), f.whole("udiv", pitch, size), first, rows, *left)
         swapped = (self.turned, ld, "%n", "%columns", first, rows)
         kinds = ("ptr", *["i64"] * 5)
         pairs = zip(swapped, plain, kinds, strict=True)
@@ -958,7 +989,7 @@ class Block:
 # Kernels
 
 CUT = ("m", "n", "down", "across", "tall", "wide", "most")
-AXIS = ("size", "a_step", "b_step")  # of a batch axis
+AXIS = ("size", "a_step", "b_step", "c_step")  # of a batch axis
 
 
 @dataclass(frozen=True)
@@ -1062,21 +1093,31 @@ def structure(c: Contraction, bits: int | None = None) -> Structure:
     return walk(c, core, cut).structure(units, cost, core.scratch)
 
 
+def stores_alone(c: Contraction, core: Core) -> bool:
+    """Whether all that happens to a sum is that it is stored, beside the next column's."""
+    store, *more = c.epilogue.stores
+    place, last = store.access, len(c.batch) + 1
+    plain = store.value.op == "acc" and store.value.dtype == core.value and not place.dynamic
+    return plain and not more and not is_turned(c) and place.stride(last) == 1
+
+
 def walk(c: Contraction, core: Core, cut: Tiling) -> Slots:
     """The slots of a contraction's arguments: the same for equal structures."""
     slots, entry = Slots(), cast(Any, core)
     m, n, a, b = roles(c)
-    pointers = [slots.buffer(each) for each in (entry, a.buffer, b.buffer)]
+    place, is_plain = c.epilogue.stores[0].access, stores_alone(c, core)
+    steps = [place.stride(axis) for axis in range(len(c.batch) + 1)]
+    pointers = [slots.buffer(each) for each in (entry, a.buffer, b.buffer, place.buffer)]
     pointers += [slots.buffer(cast(Any, each)) for x in (a, b) for each in tables(x)]
     slots.write("contraction", core.key, len(c.batch), *pointers, bool(a.digits), bool(b.digits))
     numbers = (
         c.k, a.outer, a.inner, b.outer, b.inner, cut.pack_b, is_turned(c), cut.thin,
-        *way_of(a), *way_of(b),
-        m, n, cut.down, cut.across, cut.tall, cut.wide, cut.most, a.offset, b.offset,
+        *way_of(a), *way_of(b), steps[-1] if is_plain else 0,
+        m, n, cut.down, cut.across, cut.tall, cut.wide, cut.most, a.offset, b.offset, place.offset,
     )  # fmt: skip
-    for field, number in zip((*FIELDS, *CUT, "a", "b"), numbers, strict=True):
+    for field, number in zip((*FIELDS, *CUT, "a", "b", "c"), numbers, strict=True):
         slots.value(int(number), field)
-    for axis, found in enumerate(zip(c.batch, a.batch, b.batch, strict=True)):
+    for axis, found in enumerate(zip(c.batch, a.batch, b.batch, steps[:-1], strict=True)):
         for field, number in zip(AXIS, found, strict=True):
             slots.value(number, (field, axis))
     slots.nest(c.epilogue)
@@ -1089,8 +1130,8 @@ def emit(c: Contraction, bits: int, name: str) -> str:
     slots = walk(c, core, tiling(c, core))
     f = Function(name, "(ptr %args, i64 %begin, i64 %end, ptr %scratch)", "")
     sides = roles(c)[2:]
-    operands = [slots.buffer(x.buffer) for x in sides]
-    entry, a, b = (f.argument("%args", place, "ptr") for place in (0, *operands))
+    buffers = [cast(Any, core), *(x.buffer for x in sides), c.epilogue.stores[0].access.buffer]
+    entry, *bases = (f.argument("%args", slots.buffer(each), "ptr") for each in buffers)
     places = [
         f.argument("%args", slots.buffer(cast(Any, each)), "ptr") if each else "null"
         for x in sides
@@ -1098,7 +1139,7 @@ def emit(c: Contraction, bits: int, name: str) -> str:
     ]
     fields = f.byte("%args", 8 * slots.slot(FIELDS[0]))
     m, n, down, across, tall, wide, most, *starts = (
-        f.argument("%args", slots.slot(field)) for field in (*CUT, "a", "b")
+        f.argument("%args", slots.slot(field)) for field in (*CUT, "a", "b", "c")
     )
     axes = [
         [f.argument("%args", slots.slot((field, axis))) for field in AXIS]
@@ -1122,10 +1163,11 @@ def emit(c: Contraction, bits: int, name: str) -> str:
             i, rest = f.whole("urem", rest, size), f.whole("udiv", rest, size)
             moves = [f.whole("mul", i, step) for step in steps]
             moved = [f.whole("add", *each) for each in zip(moved, moves, strict=True)]
-        left, right = (f.byte(x, at, core.width) for x, at in zip((a, b), moved, strict=True))
+        widths = (core.width, core.width, core.size)
+        sources = [f.byte(*each) for each in zip(bases, moved, widths, strict=True)]
         height = f.least_of(f.whole("sub", m, row), height)
         width = f.least_of(f.whole("sub", n, column), wider)
-        block = (fields, left, right, row, height, column, width)
+        block = (fields, *sources, row, height, column, width)
         f.run(entry, BLOCKED, *block, "%scratch", f"@{name}.epilogue", "%args", batch, *places)
         return [f.whole("add", unit, count)]
 

@@ -42,7 +42,7 @@ from needle.ops.order import SEGMENT
 DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 SMALL = 4  # rows of the micro-kernel for what is left of a strip, and of a unit
 FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it is swept with
-SWEPT = 8  # of a thin block that go through its columns together
+SWEPT = 32  # bytes of a column that go through a thin block's columns together
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
 AHEAD, FAR = 1024, 1 << 17  # bytes: what is fetched along a column, where the next are far
@@ -76,7 +76,7 @@ class Function(Writer):
         return self.let(f"load {kind}, ptr {self.byte(slots, 8 * number)}, align 8")
 
     def prefetch(self, pointer: str, near: int = 3) -> None:
-        """Fetch a line into the caches, or, with `near` 2, into all but the nearest."""
+        """Fetch a line into the caches, or, with `near` 2 or 1, into all but the nearest ones."""
         self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {near}, i32 1)")
 
     def choose(self, condition: str, a: object, b: object, kind: str = "i64") -> str:
@@ -368,6 +368,8 @@ def emit_dots(core: Core, rows: int) -> str:
             places = [f.byte(start, k, core.width) for start in starts]
             for place in places:
                 f.prefetch(f.byte(place, ahead), 2)
+                if rows < max(FEW) and core.width >= 4:  # else no time is left for it
+                    f.prefetch(f.byte(place, ahead, 2), 1)
             found = [core.fetch(f, place, lanes) for place in places]
             turned = Square(f, value, lanes).turned(found)
             for column, numbers in zip(turned, few.numbers(k, lanes), strict=True):
@@ -408,7 +410,8 @@ def emit_sweep(core: Core, rows: int) -> str:
     left = f.whole("srem", "%columns", lanes)
     whole, some, mask = f.whole("sub", "%columns", left), f.test("sgt", left, 0), core.mask(f, left)
     few = Few(core, f, rows)
-    ahead = f.whole("mul", "%inner", SWEPT)  # the next rows
+    swept = max(SWEPT // core.width, 1)
+    ahead = f.whole("mul", "%inner", swept)  # the next rows
 
     def add(k: str, starts: Sequence[str], j: str, mask: str | None) -> None:
         places = rows_of(f, "%chains", j, core.size, rows)
@@ -416,6 +419,7 @@ def emit_sweep(core: Core, rows: int) -> str:
         for start, numbers in zip(starts, few.numbers(k, len(starts)), strict=True):
             source = f.byte(start, j, core.width)
             f.prefetch(f.byte(source, ahead), 2)
+            f.prefetch(f.byte(source, ahead, 2), 1)  # and earlier, from memory
             sums = few.add(sums, numbers, core.fetch(f, source, lanes, mask))
         for x, place in zip(sums, places, strict=True):
             f.store(x, place, value, lanes)
@@ -423,8 +427,8 @@ def emit_sweep(core: Core, rows: int) -> str:
     with f.span("%columns", lanes) as j:
         for place in rows_of(f, "%chains", j, core.size, rows):
             f.store(constant(0, value, lanes), place, value, lanes)
-    middle = f.whole("sub", "%count", f.whole("srem", "%count", SWEPT))
-    for several, first, stop in ((SWEPT, 0, middle), (1, middle, "%count")):
+    middle = f.whole("sub", "%count", f.whole("srem", "%count", swept))
+    for several, first, stop in ((swept, 0, middle), (1, middle, "%count")):
         with f.span(stop, several, first) as k:
             starts = [f.byte("%b", f.whole("add", k, n), "%inner") for n in range(several)]
             with f.span(whole, lanes) as j:

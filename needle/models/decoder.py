@@ -127,31 +127,37 @@ class Decoder:
         self.model, self.form, self.is_busy = model, form, False
         self.cache = model.make_cache(*form[:2])
         self.step = jit(self.advance)
+        one = np.zeros((form[0], 1), np.int64), np.array(1)
+        self.single = [Tensor(x, device=form[3]) for x in one]  # a token, written in place
 
     def __reduce__(self) -> Any:
         return type(None), ()  # copies of a model begin without one
 
     def advance(self, ids: Tensor, count: Tensor) -> Tensor:
-        """Read ids (B, T), of which the last `count` count."""
+        """Read ids (B, T), of which the last `count` count; logits (B, V) in float32 or float64."""
         with no_grad():
             places = self.cache.places(ids.shape[1], count)
             x = self.model.hidden(ids, places, self.cache)
             self.cache.advance(count)
-            return self.model.head(x[:, -1])
+            logits = self.model.head(x[:, -1])
+            return logits if logits.dtype == "float64" else logits.to("float32")
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Logits (B, V) in float32 or float64 after all tokens (B, T)."""
+        """Logits (B, V) after all tokens (B, T)."""
         training, logits = self.model.training, None
         if training:
             self.model.eval()
         for start in range(0, rows.shape[1], CHUNK):
             part = rows[:, start : start + CHUNK]
             size = part.shape[1]
-            if size > 1:  # what does not count comes first
-                part = np.pad(part, ((0, 0), (CHUNK - size, 0)), mode="edge")
-            ids = Tensor(part.astype(np.int64), device=self.form[3])
-            logits = self.step(ids, Tensor(np.array(size), device=self.form[3]))
+            if size == 1:
+                self.single[0].numpy()[:] = part
+                logits = self.step(*self.single)
+                continue
+            # What does not count comes first
+            part = np.pad(part, ((0, 0), (CHUNK - size, 0)), mode="edge").astype(np.int64)
+            logits = self.step(*(Tensor(x, device=self.form[3]) for x in (part, np.array(size))))
         if training:
             self.model.train()
         assert logits is not None
-        return logits.to("float64" if logits.dtype == "float64" else "float32").numpy()
+        return logits.numpy()

@@ -6,9 +6,10 @@ PyTorch (MKL) and JAX where they are installed.
 
 The arithmetic peak is measured in every round, just before all take their turns; the table shows
 medians of rounds as shares of it: of C = A B (NN), and of the gradients dA = dC B^T (NT) and
-dB = A^T dC (TN). The second table has shapes that wait for memory: a matrix of 256 MB and few
-vectors, in GB/s as a share of the bandwidth that was measured beside them. On machines that set
-OPENBLAS_CORETYPE, unset it for NumPy's sake.
+dB = A^T dC (TN). The peak is the best of 7 quarters of a millisecond; `loop` is what the same loop
+of multiply-adds reaches when it is timed as the products are, over 20 ms. The second table has
+shapes that wait for memory: a matrix of 256 MB and few vectors, in GB/s as a share of the bandwidth
+that was measured beside them. On machines that set OPENBLAS_CORETYPE, unset it for NumPy's sake.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 import needle as ndl
-from needle.compiler import limits
+from needle.compiler import limits, runtime
 
 Matmul = Callable[[], Any]
 LIBRARIES = ["needle", "NumPy", "PyTorch", "JAX"]
@@ -130,11 +131,14 @@ def operands(shape: tuple[int, ...], form: str, dtype: str) -> list[np.ndarray]:
 
 def contractions(found: list[Peer], dtype: str, threads: int, rounds: int) -> list[dict[str, Any]]:
     print(f"\n{dtype}, threads: {threads}; per cent of the arithmetic peak")
-    print(f"{'':16s} {'':3s} {'peak GF/s':>10s} " + "".join(f"{p.name:>9s}" for p in found))
-    rows = []
+    names = ["loop", *(peer.name for peer in found)]
+    print(f"{'':16s} {'':3s} {'peak GF/s':>10s} " + "".join(f"{name:>9s}" for name in names))
+    launch, operations = limits.multiply_adds(np.dtype(dtype), threads)
+    loop, rows = runtime.Program([launch], 0).run, []
     for shape in SHAPES:
         for form in FORMS:
-            calls = {}
+            calls, work = {"loop": loop}, dict.fromkeys(names, 2 * prod(shape))
+            work["loop"] = operations
             for peer in found:
                 a, b = (peer.array(x) for x in operands(shape, form, dtype))
                 calls[peer.name] = peer.product(a, b, form)
@@ -144,7 +148,7 @@ def contractions(found: list[Peer], dtype: str, threads: int, rounds: int) -> li
             for peak, times in rounds_of(calls, rounds, limit):
                 peaks.append(peak)
                 for name, each in times.items():
-                    shares[name].append(2 * prod(shape) / each / peak)
+                    shares[name].append(work[name] / each / peak)
             row = {name: statistics.median(each) for name, each in shares.items()}
             peak = statistics.median(peaks)
             rows.append({"shape": shape, "form": form, "dtype": dtype, "threads": threads,

@@ -446,6 +446,20 @@ def test_sums_that_are_only_stored(name: str) -> None:
         check(c, memory)
 
 
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16"])
+def test_sums_of_terms(name: str) -> None:
+    """One more row of ones: at every edge of strips, groups, blocks and segments."""
+    dtype = dtype_of(name)
+    for m, n, k in [(9, 33, 300), (14, 70, 256), (112, 40, 20), (113, 9, 520), (513, 40, 257)]:
+        for orders in ORDERS[:: 3 if m > 112 else 1]:
+            c, memory = matmul(dtype, (m, n, k), orders=orders)
+            c.sums = Buffer("sums", c.dtype, c.segments * n)
+            memory[c.sums] = draw(c.sums.size, c.dtype)
+            check(c, memory)
+            halves = {"ranges": lambda units: [(units // 2, units), (0, units // 2)]}
+            check(c, memory, **halves)
+
+
 def test_sizes_and_strides_are_arguments() -> None:
     dtype = np.dtype(float32)
     first = contract.structure(matmul(dtype, (5, 6, 7), (2,))[0])

@@ -3,6 +3,7 @@
     trace     Values of autograd   -> Graph            graph.py; simplify.py as nodes are made
     fuse      Graph                -> Groups           fuse.py
     build     Groups               -> nests            nests.py, lower.py, index.py
+    share     nests                -> nests            share.py
     schedule  nests                -> kernels          schedule.py
     plan      kernels              -> offsets          schedule.py
     emit      nests                -> LLVM IR          emit.py, contract.py, math.py
@@ -48,6 +49,7 @@ from needle.compiler.graph import Builder, Constant, Graph, Input, Node
 from needle.compiler.loops import AnyNest, Buffer, Contraction, HostCall, Repeat
 from needle.compiler.lower import LOWERED
 from needle.compiler.schedule import Plan, Schedule
+from needle.compiler.share import share
 from needle.compiler.target import vector_bits
 from needle.dtype import FLOATS, DType, as_dtype
 from needle.errors import expect
@@ -81,6 +83,7 @@ def lower(
     fuser = Fuser(source, strides or {})
     fuser.run()
     built, layout = nests.build(fuser, strides or {}, lower, [] if checks is None else checks)
+    built = share(built, layout.waits)
     for nest in built:
         loops.verify(nest)
     outputs = [layout.buffer(node) for node in source.outputs]

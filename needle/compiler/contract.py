@@ -11,8 +11,9 @@ Two functions do the work. The *core* of a dtype computes one block of accumulat
                     micro-kernel                 a tile of accumulators, in registers
                 after the last segment: epilogue on the strip, while it is in the cache
 
-A micro-kernel fetches by the way what is packed next. Few rows make a *thin* block, which waits for
-memory: b is then read once, as it lies. A product with few columns is computed as its transpose.
+A micro-kernel fetches by the way what is packed next. A row of ones, as one more of a's, gives the
+sums of b's terms. Few rows make a *thin* block, which waits for memory: b is then read once, as it
+lies. A product with few columns is computed as its transpose.
 
 The *kernel* of a structure holds the epilogue and walks over units, which are blocks; a thread's
 units that lie below each other are one block, so that b is packed once. It calls the core by an
@@ -752,11 +753,13 @@ def emit_lay(core: Core, name: str) -> str:
 STEPS = ("a_outer", "a_inner", "b_outer", "b_inner")  # strides, in elements
 FLAGS = ("pack_b", "turn", "thin")
 WAYS = ("a_way", "a_run", "b_way", "b_run")  # of windows
-FIELDS = ("k", *STEPS, *FLAGS, *WAYS, "c_outer")  # the arguments that the core reads, in order
+OUTER = ("c_outer", "s_outer")  # elements from row to row of an output, and of the segments' sums
+FIELDS = ("k", *STEPS, *FLAGS, *WAYS, *OUTER)  # the arguments that the core reads, in this order
 TABLES = ("a_rows", "a_terms", "b_rows", "b_terms")  # of windows, else null
 BLOCKED = (
-    "(ptr %fields, ptr %a, ptr %b, ptr %c, i64 %m, i64 %rows, i64 %n, i64 %columns, ptr %scratch, "
-    f"ptr %epilogue, ptr %args, i64 %batch, {', '.join(f'ptr %{each}' for each in TABLES)})"
+    "(ptr %fields, ptr %a, ptr %b, ptr %c, ptr %s, i64 %m, i64 %rows, i64 %n, i64 %columns, "
+    "ptr %scratch, ptr %epilogue, ptr %args, i64 %batch, "
+    f"{', '.join(f'ptr %{each}' for each in TABLES)})"
 )
 EPILOGUE = (
     "(ptr %args, ptr %tile, i64 %ld, i64 %batch, i64 %m0, i64 %rows, i64 %n0, i64 %columns, "
@@ -799,7 +802,8 @@ class Source:
 
 
 class Block:
-    """The core's function: rows m .. m + rows - 1 and columns n .. n + columns - 1."""
+    """The core's function: rows m .. m + rows - 1 and columns n .. n + columns - 1. Where s is no
+    null, one more row of a is all ones, and what that gives for each segment goes to s."""
 
     def __init__(self, core: Core, name: str) -> None:
         self.core, self.size = core, core.size
@@ -823,6 +827,9 @@ class Block:
         self.a, self.b = self.a.moved("%m", 0), self.b.moved("%n", 0)
         self.pitch = f.whole("mul", given["c_outer"], self.size)  # of an output, or 0
         self.out = f.byte(f.byte("%c", "%m", self.pitch), "%n", self.size)
+        self.has_ones = f.let("icmp ne ptr %s, null")
+        self.height = f.whole("add", "%rows", f.choose(self.has_ones, 1, 0))
+        self.total = f.whole("mul", given["s_outer"], self.size)  # bytes from segment to segment
         self.segments(given["k"])
 
     def segments(self, depth: str) -> None:
@@ -840,18 +847,42 @@ class Block:
             if core.is_wide:
                 with f.under(self.thin):
                     self.sweep(segment, b)
-            tall = f.choose(self.thin, 0, "%rows")
+            tall = f.choose(self.thin, 0, self.height)
             with f.span(tall, GROUP * core.rows) as g:
-                height = f.least_of(f.whole("sub", "%rows", g), GROUP * core.rows)
-                a = segment.moved(g, 0)
-                self.pack("strips", self.strips, a, height)
+                height = f.least_of(f.whole("sub", self.height, g), GROUP * core.rows)
+                last = f.all(self.has_ones, f.test("eq", f.whole("add", g, height), self.height))
+                a, held = segment.moved(g, 0), f.whole("sub", height, f.choose(last, 1, 0))
+                self.pack("strips", self.strips, a, held)
+                with f.under(last):
+                    self.lay_ones(held)
                 with f.span(height, core.rows) as i:
                     rows = f.least_of(f.whole("sub", height, i), core.rows)
+                    self.extra = f.all(last, f.test("eq", f.whole("add", i, rows), height))
                     strip = f.byte(self.strips, f.whole("udiv", i, core.rows), core.strip)
                     following = a.moved(GROUP * core.rows, 0)
                     self.first = f.test("eq", f.whole("add", g, i), 0)
                     i = f.whole("add", g, i)
-                    self.tiles(i, rows, strip, following, b, f.byte(self.sums, i, pitch))
+                    sums = f.byte(self.sums, i, pitch)
+                    self.tiles(i, rows, strip, following, b, sums)
+                    with f.under(self.extra):
+                        self.take_sums(k, f.byte(sums, f.whole("sub", rows, 1), PITCH))
+
+    def lay_ones(self, row: str) -> None:
+        """A row of the packed strips."""
+        f, core = self.f, self.core
+        strip = f.byte(self.strips, f.whole("udiv", row, core.rows), core.strip)
+        place = f.byte(strip, f.whole("urem", row, core.rows), self.size)
+        with f.span(self.count) as t:
+            f.store(constant(1, core.value, 0), f.byte(place, t, 16 * self.size), core.value, 0)
+
+    def take_sums(self, k: str, row: str) -> None:
+        """What the row of ones gave for a segment; the next one begins at 0."""
+        f, value = self.f, self.core.value
+        target = f.byte("%s", f.whole("udiv", k, SEGMENT), self.total)
+        with f.span("%columns") as j:
+            place = f.byte(row, j, self.size)
+            f.store(f.load(place, value, 0), f.byte(target, j, self.size), value, 0)
+            f.store(constant(0, value, 0), place, value, 0)
 
     def sweep(self, a: Source, b: Source) -> None:
         """A segment of a thin block."""
@@ -909,7 +940,8 @@ class Block:
         f, core = self.f, self.core
         large = f.test("sgt", rows, core.rows // 2 + 1)
         flat = f.all(large, f.test("eq", b.outer, core.width))
-        straight = f.all(self.final, f.test("ne", self.pitch, 0), f.test("eq", rows, core.rows))
+        held = f.whole("sub", rows, f.choose(self.extra, 1, 0))
+        straight = f.all(self.final, f.test("ne", self.pitch, 0), f.test("eq", held, core.rows))
         done = f.whole("sub", "%columns", f.whole("srem", "%columns", core.columns))
         done, line = f.choose(straight, done, 0), f.byte(self.out, i, self.pitch)
         heights = ((core.rows, large), (SMALL, f.choose(large, "false", "true", "i1")))
@@ -939,7 +971,7 @@ class Block:
                     tile = (self.terms, left, source, step, lanes, self.panel(j), to, self.more)
                     f.run(micro, MICRO, *tile, out, f.choose(whole, self.pitch, PITCH), *ahead)
         with f.under(f.all(self.final, f.test("slt", done, "%columns"))):
-            self.finish(i, rows, sums, done)
+            self.finish(i, held, sums, done)
 
     def ahead(self, j: str, b: Source, following: Source) -> list[str]:
         """What is packed next, and how a tile's turns walk through it: b's next panel, or, while a
@@ -1113,10 +1145,12 @@ def walk(c: Contraction, core: Core, cut: Tiling) -> Slots:
     steps = [place.stride(axis) for axis in range(len(c.batch) + 1)]
     pointers = [slots.buffer(each) for each in (entry, a.buffer, b.buffer, place.buffer)]
     pointers += [slots.buffer(cast(Any, each)) for x in (a, b) for each in tables(x)]
-    slots.write("contraction", core.key, len(c.batch), *pointers, bool(a.digits), bool(b.digits))
+    pointers += [slots.buffer(c.sums)] if c.sums else []
+    kinds = bool(a.digits), bool(b.digits), bool(c.sums)
+    slots.write("contraction", core.key, len(c.batch), *pointers, *kinds)
     numbers = (
         c.k, a.outer, a.inner, b.outer, b.inner, cut.pack_b, is_turned(c), cut.thin,
-        *way_of(a), *way_of(b), steps[-1] if is_plain else 0,
+        *way_of(a), *way_of(b), steps[-1] if is_plain else 0, n,
         m, n, cut.down, cut.across, cut.tall, cut.wide, cut.most, a.offset, b.offset, place.offset,
     )  # fmt: skip
     for field, number in zip((*FIELDS, *CUT, "a", "b", "c"), numbers, strict=True):
@@ -1141,6 +1175,7 @@ def emit(c: Contraction, bits: int, name: str) -> str:
         for x in sides
         for each in tables(x) or (None, None)
     ]
+    totals = f.argument("%args", slots.buffer(c.sums), "ptr") if c.sums else "null"
     fields = f.byte("%args", 8 * slots.slot(FIELDS[0]))
     m, n, down, across, tall, wide, most, *starts = (
         f.argument("%args", slots.slot(field)) for field in (*CUT, "a", "b", "c")
@@ -1171,6 +1206,8 @@ def emit(c: Contraction, bits: int, name: str) -> str:
         sources = [f.byte(*each) for each in zip(bases, moved, widths, strict=True)]
         height = f.least_of(f.whole("sub", m, row), height)
         width = f.least_of(f.whole("sub", n, column), wider)
+        ends = f.test("eq", f.whole("add", row, height), m) if c.sums else "false"
+        sources.append(f.choose(ends, f.byte(totals, column, core.size), "null", "ptr"))
         block = (fields, *sources, row, height, column, width)
         f.run(entry, BLOCKED, *block, "%scratch", f"@{name}.epilogue", "%args", batch, *places)
         return [f.whole("add", unit, count)]

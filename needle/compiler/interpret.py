@@ -24,7 +24,7 @@ from needle.compiler import loops
 from needle.compiler.loops import ROWS, Access, Buffer, Contraction, Expr, Nest, Scatter, offsets
 from needle.dtype import DType, bfloat16, float32, float64
 from needle.ops.elementwise import larger, smaller
-from needle.ops.order import SEGMENT, fold, sum_columns, sum_rows
+from needle.ops.order import SEGMENT, chain, fold, sum_columns, sum_rows
 
 Memory = MutableMapping[Buffer, np.ndarray]
 
@@ -34,6 +34,8 @@ def run(nest: loops.AnyNest, memory: Memory) -> None:
     loops.verify(nest)
     with np.errstate(all="ignore"):
         if isinstance(nest, Contraction):
+            if nest.sums:
+                memory[nest.sums][:] = segment_sums(nest, memory).ravel()
             run_loops(nest.epilogue, memory, accumulate(nest, memory))
         elif isinstance(nest, Scatter):
             scatter(nest, memory)
@@ -257,6 +259,12 @@ def accumulate(nest: Contraction, memory: Memory) -> np.ndarray:
             part = fma(a[..., :, None, k], b[..., None, :, k], part)
         total = part if total is None else total + part
     return np.asarray(total)
+
+
+def segment_sums(nest: Contraction, memory: Memory) -> np.ndarray:
+    """What b's terms add up to, for each segment and column."""
+    terms = operand(nest.b, (nest.n, nest.k), memory, nest.dtype).T
+    return np.stack([chain(terms[start:][:SEGMENT]) for start in range(0, nest.k, SEGMENT)])
 
 
 def operand(x: loops.Operand, shape: Sequence[int], memory: Memory, dtype: DType) -> np.ndarray:

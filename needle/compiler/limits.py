@@ -60,6 +60,15 @@ def emit_read(bits: int, name: str) -> str:
     return f.text
 
 
+def multiply_adds(dtype: DType, threads: int) -> tuple[runtime.Launch, int]:
+    """A launch of nothing but multiply-adds, on so many threads, and how many operations it is."""
+    bits, units = engine.host().vector_bits, 32 * threads
+    core = Core(dtype, bits)
+    address = engine.kernel(f"peak {dtype} {bits}", lambda name: emit_peak(dtype, bits, name))
+    operations = units * TURNS * 2 * core.rows * core.lanes * 2
+    return runtime.Launch(address, [0], units), operations
+
+
 def fastest(launch: runtime.Launch) -> float:
     """Seconds that a launch takes, on as many threads as programs run on."""
     program, found = runtime.Program([launch], 0), []
@@ -83,11 +92,8 @@ def bandwidth(threads: int | None = None) -> float:
 
 @cache
 def measure_peak(dtype: DType, threads: int) -> float:
-    bits, units = engine.host().vector_bits, 32 * threads
-    core = Core(dtype, bits)
-    address = engine.kernel(f"peak {dtype} {bits}", lambda name: emit_peak(dtype, bits, name))
-    operations = units * TURNS * 2 * core.rows * core.lanes * 2
-    return operations / on_threads(threads, runtime.Launch(address, [0], units))
+    launch, operations = multiply_adds(dtype, threads)
+    return operations / on_threads(threads, launch)
 
 
 @cache

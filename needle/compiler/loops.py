@@ -49,6 +49,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from needle.dtype import LOW_PRECISION, DType, bool_, float32, int64
+from needle.ops.order import SEGMENT
 
 ARITHMETIC = {  # how many arguments each takes
     "add": 2, "sub": 2, "mul": 2, "div": 2, "fma": 3, "neg": 1, "abs": 1, "sqrt": 1,
@@ -367,7 +368,8 @@ class Contraction:
     a Nest of outer axes (*batch, m) and the inner axis n, without reductions.
 
     float16 and bfloat16 operands are widened to float32, in which `acc` comes. dot: operands are
-    rounded to bfloat16, and the processor's dot product may add two terms at once.
+    rounded to bfloat16, and the processor's dot product may add two terms at once. sums: of each
+    segment and column what b's terms add up to, in the same order (segments, n); without a batch.
     """
 
     batch: tuple[int, ...]
@@ -379,6 +381,11 @@ class Contraction:
     epilogue: Nest
     ops: tuple[Any, ...] = ()
     dot: bool = False
+    sums: Buffer | None = None
+
+    @property
+    def segments(self) -> int:
+        return max(-(-self.k // SEGMENT), 1)
 
     @property
     def dtype(self) -> DType:
@@ -390,7 +397,7 @@ class Contraction:
         return {self.a.buffer, self.b.buffer} | self.epilogue.reads()
 
     def writes(self) -> set[Buffer]:
-        return self.epilogue.writes()
+        return self.epilogue.writes() | ({self.sums} if self.sums else set())
 
 
 @dataclass(eq=False)
@@ -560,7 +567,7 @@ def show(nest: AnyNest) -> str:
             + (f" digits {x.digits}" if x.digits else "")
             for name, x in (("a", nest.a), ("b", nest.b))
         ]
-        head = f"contraction [{sizes}] {nest.dtype}"
+        head = f"contraction [{sizes}] {nest.dtype}" + (f" sums {nest.sums}" if nest.sums else "")
         return "\n".join([head, *operands, *(f"  {each}" for each in show_nest(nest.epilogue))])
     if isinstance(nest, Scatter):
         head = f"scatter [{nest.lead} {nest.places} {nest.rows} {nest.trail}] -> {nest.out}"
@@ -631,6 +638,10 @@ def verify(nest: AnyNest) -> None:
             sizes = [prod(size for size, _ in each) for each in x.digits or ()]
             assert sizes in ([], [outer, nest.k]), f"digits {x.digits} of {show(nest)}"
         assert not any(x.op in ("reduce", "scan") for x in nest.epilogue.expressions())
+        if nest.sums:
+            assert not nest.batch, f"sums of a batch: {show(nest)}"
+            assert nest.sums.dtype == nest.dtype, f"sums in {nest.sums.dtype}"
+            assert nest.sums.size == nest.segments * nest.n, f"sums of {nest.sums.size}"
     elif isinstance(nest, Scatter):
         for each in ordered([nest.row, nest.value]):
             verify_expr(each)

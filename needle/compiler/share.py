@@ -1,0 +1,179 @@
+"""One pass over memory for a product and a sum. Before: nests. After: nests, of which contractions
+add up what they read anyway. Next: schedule.py.
+
+    dw = x^T @ dy;  db = sum of dy's rows  ->  dw = x^T @ dy and, by the way, the sums of each
+                                               segment of dy's rows, which db folds
+
+Relies on: a row of ones times dy, by fused multiply-adds, is the chain that a sum over other axes
+begins with, and segments are as long as these chains (needle/ops/order.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from needle.compiler import OFF
+from needle.compiler.contract import FEW
+from needle.compiler.loops import (
+    COLUMNS,
+    ROWS,
+    Access,
+    AnyNest,
+    Buffer,
+    Contraction,
+    Expr,
+    Nest,
+    Store,
+    expr,
+    load,
+)
+from needle.dtype import float32, float64
+from needle.ops.order import SEGMENT
+
+MUCH = 1 << 18  # bytes that are worth it: more than a core's own cache keeps by the way
+
+Links = dict[Any, list[AnyNest]]
+
+
+def share(nests: Sequence[AnyNest], waits: Links) -> list[AnyNest]:
+    """The nests, each after what it reads and waits for."""
+    products: dict[Buffer, list[Contraction]] = {}
+    for nest in nests:
+        if isinstance(nest, Contraction) and is_worth(nest):
+            products.setdefault(nest.b.buffer, []).append(nest)
+    if not products or "fuse" in OFF:
+        return list(nests)
+    before = links(nests, waits)
+    for nest in [each for each in nests if isinstance(each, Nest) and each.order == COLUMNS]:
+        sums = sums_of(nest, products)
+        if not sums or nest in ancestors(sums.values(), before):
+            continue
+        if moves(nest, sums):
+            (c,) = sums.values()
+            before[c] += before.pop(nest)
+            for found in (before, waits):
+                for each in found.values():
+                    each[:] = [c if x is nest else x for x in each]
+            waits[c] = [*waits.get(c, []), *waits.pop(nest, [])]
+        else:
+            read(nest, sums)
+            before[nest] += sums.values()
+    return ancestors(nests, before)
+
+
+def is_worth(c: Contraction) -> bool:
+    """Whether a contraction can add up its b's terms, and they are many."""
+    size = c.n * c.k * c.b.buffer.dtype.itemsize
+    fits = c.dtype in (float32, float64) and not (c.dot or c.batch or c.b.digits)
+    return fits and size >= MUCH and min(c.m, c.n) > max(FEW)
+
+
+def sums_of(nest: Nest, products: dict[Buffer, list[Contraction]]) -> dict[Expr, Contraction]:
+    """For each reduction of a nest the contraction that can do it; nothing where one has none, or
+    where what is reduced is gone through once more, for a store."""
+    last, found = nest.inner_axis, {}
+    for each in nest.expressions():
+        if each.op == "reduce":
+            fitting = [c for c in candidates(each, products) if adds(c, nest, each)]
+            if not fitting:
+                return {}
+            found[each] = fitting[0]
+    return {} if any(last in store.access.axes for store in nest.stores) else found
+
+
+def term(each: Expr) -> Expr:
+    """What a reduction reduces, before it was widened."""
+    (x,) = each.args
+    return x.args[0] if x.op == "cast" else x
+
+
+def candidates(each: Expr, products: dict[Buffer, list[Contraction]]) -> list[Contraction]:
+    """The contractions whose b lies where a reduction's terms do."""
+    x = term(each)
+    return products.get(x.attr.buffer, []) if x.op == "load" and not x.args else []
+
+
+def adds(c: Contraction, nest: Nest, each: Expr) -> bool:
+    """Whether a reduction adds the terms of a contraction's b: all of them, or each segment's."""
+    place, last = term(each).attr, nest.inner_axis
+    steps = {last - 1: c.b.outer, last: c.b.inner}
+    sizes: tuple[int, ...] = (c.n, c.k)
+    if len(nest.outer) == 2 and c.k % SEGMENT == 0:
+        steps[0], sizes = SEGMENT * c.b.inner, (c.segments, c.n, SEGMENT)
+    same = (place.offset, dict(place.strides), place.dynamic) == (c.b.offset, steps, ())
+    fits = (*nest.outer, nest.inner) == sizes and each.dtype == c.dtype
+    return fits and same and each.attr == "sum"
+
+
+def moves(nest: Nest, sums: dict[Expr, Contraction]) -> bool:
+    """Let a contraction write what a nest would only have stored: True if that was all."""
+    (store, *more), ((each, c), *others) = nest.stores, sums.items()
+    place, whole = store.access, len(nest.outer) == 2 or c.segments == 1
+    steps = {0: c.n, 1: 1} if len(nest.outer) == 2 else {0: 1}
+    compact = (place.offset, dict(place.strides), place.buffer.size) == (0, steps, c.segments * c.n)
+    if more or others or c.sums or not whole or store.value is not each or not compact:
+        return False
+    if place.buffer.source is not None:  # not the program's own
+        return False
+    c.sums, c.ops = place.buffer, (*c.ops, *nest.ops)
+    return True
+
+
+def read(nest: Nest, sums: dict[Expr, Contraction]) -> None:
+    """Let a nest read what contractions add up."""
+    known: dict[Expr, Expr] = {}
+    folds = False
+    for each, c in sums.items():
+        c.sums = c.sums or Buffer(f"{c.b.buffer.name}.sums", c.dtype, c.segments * c.n)
+        if len(nest.outer) == 1 and c.segments > 1:
+            terms = load(Access(c.sums, 0, ((0, 1), (1, c.n))))
+            known[each], folds = expr("reduce", (terms,), c.dtype, "fold"), True
+        else:
+            steps = ((0, c.n), (1, 1)) if len(nest.outer) == 2 else ((0, 1),)
+            known[each] = load(Access(c.sums, 0, steps))
+    nest.stores = tuple(Store(s.access, rebuilt(s.value, known)) for s in nest.stores)
+    if folds:
+        nest.inner = next(iter(sums.values())).segments
+    else:
+        *outer, nest.inner = nest.outer
+        nest.outer, nest.order = tuple(outer), ROWS
+
+
+def rebuilt(x: Expr, known: dict[Expr, Expr]) -> Expr:
+    """An expression of what is known in place of others."""
+    if x not in known:
+        attr = x.attr
+        if x.op == "load":
+            dynamic = tuple((rebuilt(each, known), step) for each, step in attr.dynamic)
+            attr = Access(attr.buffer, attr.offset, attr.strides, dynamic)
+        known[x] = expr(x.op, tuple(rebuilt(each, known) for each in x.args), x.dtype, attr)
+    return known[x]
+
+
+def links(nests: Sequence[AnyNest], waits: Links) -> Links:
+    """For each nest those that it reads from or waits for."""
+    writers: Links = {}
+    for nest in nests:
+        for buffer in nest.writes():
+            writers.setdefault(buffer, []).append(nest)
+    found = {}
+    for nest in nests:
+        read = [x for buffer in nest.reads() for x in writers.get(buffer, ()) if x is not nest]
+        found[nest] = [*read, *waits.get(nest, ())]
+    return found
+
+
+def ancestors(last: Iterable[AnyNest], before: Links) -> list[AnyNest]:
+    """Some nests and all that come before them, each after what it reads and waits for."""
+    found: dict[AnyNest, None] = {}
+    entered: set[AnyNest] = set()
+    stack = [each for each in last if each in before][::-1]
+    while stack:
+        nest = stack[-1]
+        if nest in entered:
+            found[stack.pop()] = None
+        else:
+            entered.add(nest)
+            stack += [x for x in before[nest] if x not in entered]
+    return list(found)

@@ -204,6 +204,39 @@ def test_short_rows_are_turned() -> None:
     assert nest.inner == 6 * 40
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes", "loops"),
+    [
+        ((256, 128), (0, 1), None),  # 512 bytes apart
+        ((128, 256), (0, 1), (4, 8, 64)),
+        ((32, 1024), (0, 1), (16, 2, 64)),
+        ((40, 1024 + 8), (0, 1), None),
+        ((3, 48, 2, 1024), (1, 3), (3, 16, 2, 3, 64)),
+        ((16, 1024), (0, 1), None),  # no more than one vector
+        ((1001, 1024), (0, 1), None),
+    ],
+)
+def test_what_is_read_across_is_woven(
+    shape: tuple[int, ...], axes: tuple[int, int], loops: tuple[int, ...] | None
+) -> None:
+    """In blocks, where rows a power of two apart would drive each other out of the cache."""
+
+    def function(x: Tensor) -> Tensor:
+        return ops.relu(ops.transpose(x, axes)) * 2.0
+
+    (nest,) = nests(forward(function, shape))
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = ndl.jit(function)(Tensor(x, requires_grad=False)).numpy()
+    np.testing.assert_array_equal(found, np.maximum(np.swapaxes(x, *axes), 0) * 2)
+    unwoven = nest.inner == shape[axes[0]]
+    assert unwoven if loops is None else (nest.outer, nest.inner) == (loops, 16)
+
+
+def test_one_number_for_a_row_is_not_read_across() -> None:
+    (nest,) = nests(forward(lambda x, y: x * y.reshape((256, 1)), (256, 1024), (256,)))
+    assert nest.inner == 1024
+
+
 def test_taps_that_meet_padding_alone_are_left_out() -> None:
     (pad, nest) = nests(forward(ops.conv, (4, 2, 1, 8), (3, 3, 8, 16)))
     assert nest.k == 3 * 8, show(pad)

@@ -9,7 +9,7 @@ where a reshape needs it, and neighbours merge where every index runs through bo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ from needle.compiler.loops import (
     cast,
     expr,
     load,
+    ordered,
     param,
     select,
     wide,
@@ -75,6 +76,8 @@ from needle.ops.reduce import CumSum
 
 uint8 = np.dtype(np.uint8)
 SHORT = 8  # elements that are no row
+WOVEN = (64, 16)  # rows and elements of a block of what is read across
+PERIOD, WAYS = 4096, 8  # bytes after which the nearest cache has the same place, for so many lines
 Failure = tuple[str, int, bool]  # of a check: words, what negatives lack, whether a ValueError
 
 
@@ -326,9 +329,29 @@ class Shaper:
     def turn(self) -> None:
         """The last two axes in the other order."""
         *rest, m, n = range(len(self.sizes))
-        table = {axis: coordinate(axis) for axis in rest} | {m: coordinate(n), n: coordinate(m)}
-        self.sizes[m], self.sizes[n] = self.sizes[n], self.sizes[m]  # what substitute asks for
+        self.permute([*rest, n, m])
+
+    def permute(self, order: Sequence[int]) -> None:
+        """The axes in another order."""
+        table = {axis: coordinate(place) for place, axis in enumerate(order)}
+        self.sizes = [self.sizes[axis] for axis in order]  # what substitute asks for
         self.table = {a: substitute(x, table, self.sizes) for a, x in self.table.items()}
+
+    def weave(self, axis: int) -> bool:
+        """Blocks of places along an axis and few along the last one, where both have many."""
+        last = len(self.sizes) - 1
+        splits = {
+            each: gcd(self.sizes[each], n) for each, n in zip((axis, last), WOVEN, strict=True)
+        }
+        if min(splits.values()) < WOVEN[1] // 2 or splits[last] == self.sizes[last]:
+            return False
+        if splits[axis] == self.sizes[axis]:
+            del splits[axis]
+        self.split(splits)
+        axis, last = axis + len(splits) - 1, len(self.sizes) - 1
+        rest = [each for each in range(last) if each != axis]
+        self.permute([*rest, axis, last])
+        return True
 
     def runs(self, loops: Loops) -> list[list[int]]:
         """Neighbouring axes that every used index runs through in one stride."""
@@ -391,7 +414,27 @@ def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
         else:
             settled = True
         del layout.checks[count:]
+    across = crossing(stores, shaper.sizes) if shaper.outer is None else None
+    if across is not None and shaper.weave(across):
+        del layout.checks[count:]
+        _, stores, _ = evaluate(layout, group, stored, shaper, settled)
     return as_nest(group, shaper, stores)
+
+
+def crossing(stores: Sequence[Store], sizes: Sequence[int]) -> int | None:
+    """The axis along which something lies side by side that is so far apart along the last axis,
+    as the stores are not, that its cache lines drive each other out before the next row."""
+    last = len(sizes) - 1
+    if any(store.access.stride(last) != 1 for store in stores):
+        return None
+    for each in ordered([store.value for store in stores]):
+        if each.op == "load":
+            near = [axis for axis, step in each.attr.strides if step == 1 and axis != last]
+            far = each.attr.stride(last) * each.dtype.itemsize
+            apart = gcd(far, PERIOD) if far else 1
+            if near and apart >= PERIOD // 4 and sizes[last] > WAYS * PERIOD // apart:
+                return near[0]
+    return None
 
 
 def as_nest(group: Group, shaper: Shaper, stores: Sequence[Store]) -> Nest:

@@ -38,6 +38,7 @@ from needle.ops.reduce import CumSum
 MOST_NODES = 128  # in one group, so that a nest stays small enough for the code generator
 MOST_INLINED = 48
 FEW_OPS = 8  # behind a truth value that is computed again rather than stored
+DRAWN = 64  # operations that a random number takes: a dropout's mask is stored
 LIGHT = 2  # operations behind any other value that several nodes compute again
 FEW_PARTS = 4  # a concatenation of more is written part by part
 SHARED = 16  # elements that read one and the same
@@ -97,6 +98,10 @@ def coordinates(shape: Sequence[int]) -> Indices:
     return tuple(fixed(0) if n == 1 else coordinate(axis) for axis, n in enumerate(shape))
 
 
+def rank(group: Group) -> tuple[int, bool, int]:
+    return -group.level, group.kind != "contraction", -group.number
+
+
 def is_spread(x: Node) -> bool:
     return type(x.op) is ops.BroadcastTo and prod(x.inputs[0].shape) * SHARED <= prod(x.shape)
 
@@ -147,7 +152,7 @@ class Fuser:
         elif is_elementwise(node):
             self.inline_or_place(node)
         elif kind in INLINED:
-            self.weigh(node, 0)
+            self.weigh(node, DRAWN if kind is ops.RandomUniform else 0)
         elif not node.is_leaf and node not in self.group_of:
             (self.place_repeat if kind is Repeat else self.place_host)(node)
 
@@ -222,7 +227,8 @@ class Fuser:
         return group
 
     def candidates(self, node: Node) -> list[Group]:
-        """The groups of what a node reads, the latest first, that could take it in."""
+        """The groups of what a node reads, the latest and contractions first, that could take it
+        in."""
         if "fuse" in OFF:
             return []
         found = self.groups_below(node)
@@ -230,7 +236,7 @@ class Fuser:
         found = self.groups_below(node)
         return [
             group
-            for group in sorted(found, key=lambda each: (-each.level, -each.number))
+            for group in sorted(found, key=rank)
             if group.kind in ("loop", "contraction")
             and len(group.index) + len(group.inlined) < MOST_NODES
             and not any(other.ancestors & group.bit for other in found)

@@ -191,6 +191,11 @@ class Core:
         return max(self.columns * self.size, 64)
 
     @property
+    def period(self) -> int:
+        """Elements of an operand that are as long as that: as many turns fetch a square."""
+        return self.span // self.width
+
+    @property
     def rows(self) -> int:
         """Rows of a tile, and of a strip: what the registers hold."""
         return 14 if self.bits == 512 else 6
@@ -271,8 +276,8 @@ def emit_micro(core: Core, rows: int, vectors: int, packs: bool = False) -> str:
 
     a is a packed strip. Of b's last vector `lanes` lanes are columns. out's rows are `pitch` bytes
     apart. What is packed next is fetched into the cache by the way: a line or two a term, `stride`
-    bytes on, after 32 by `turn` more. packs: b is read as it lies, and what is read is kept as
-    `panel`.
+    bytes on, after a period by `turn` more. packs: b is read as it lies, and what is read is kept
+    as `panel`.
     """
     value, lanes, size = core.value, core.lanes, core.size
     term = uint32 if core.dot else value
@@ -296,11 +301,12 @@ def emit_micro(core: Core, rows: int, vectors: int, packs: bool = False) -> str:
             following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
         for line in range(0, core.span, 64):
             f.prefetch(f.byte(ahead, line))
-        turned = f.test("eq", f.whole("and", left, 31), 0)
+        left = f.whole("sub", left, 1)
+        turned = f.test("eq", f.whole("and", left, core.period - 1), 0)
         ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
         places = [f.byte(a, 16 * size), f.byte(b, "%step"), ahead]
         places.append(f.byte(panel, core.columns * size) if packs else panel)
-        return [f.whole("sub", left, 1), *places, *following]
+        return [left, *places, *following]
 
     starts = [(r, v * core.bits // 8) for r in range(rows) for v in range(vectors)]
     before = [f.byte("%c", r * PITCH + start) for r, start in starts]
@@ -978,7 +984,7 @@ class Block:
         strip that is not the first meets the first panels, a part of a's next group."""
         f, core = self.f, self.core
         part = f.whole("udiv", j, core.columns)
-        early = f.test("ult", part, ceil(GROUP * core.rows / 32))
+        early = f.test("ult", part, ceil(GROUP * core.rows / core.period))
         found = self.way(b.moved(f.whole("add", j, core.columns), 0), "0")
         group = self.way(following, part)
         kinds, chosen = ("ptr", "i64", "i64"), []
@@ -987,11 +993,12 @@ class Block:
         return chosen
 
     def way(self, x: Source, part: str) -> tuple[str, str, str]:
-        """A start, a stride, and a step after 32 turns: through rows of which a turn is `span`
-        bytes, or through 32 columns, so much of each and then the next; through windows as they
-        lie."""
+        """A start, a stride, and a step after a period: through rows of which a turn is `span`
+        bytes, or through a period of columns, so much of each and then the next; through windows
+        as they lie."""
         f, span = self.f, self.core.span
-        flat, round_trip = f.test("eq", x.outer, self.core.width), f.whole("mul", x.outer, 32)
+        flat = f.test("eq", x.outer, self.core.width)
+        round_trip = f.whole("mul", x.outer, self.core.period)
         place = f.byte(x.start, f.choose(flat, span, round_trip), part)
         back = f.whole("sub", span, round_trip)
         found = place, f.choose(flat, x.inner, x.outer), f.choose(flat, 0, back)

@@ -112,29 +112,25 @@ def moves(nest: Nest, sums: dict[Expr, Contraction]) -> bool:
     place, whole = store.access, len(nest.outer) == 2 or c.segments == 1
     steps = {0: c.n, 1: 1} if len(nest.outer) == 2 else {0: 1}
     compact = (place.offset, dict(place.strides), place.buffer.size) == (0, steps, c.segments * c.n)
-    if more or others or c.sums or not whole or store.value is not each or not compact:
-        return False
-    if place.buffer.source is not None:  # not the program's own
-        return False
-    c.sums, c.ops = place.buffer, (*c.ops, *nest.ops)
-    return True
+    own = store.value is each and place.buffer.source is None
+    fits = own and whole and compact and not (more or others or c.sums)
+    if fits:
+        c.sums, c.ops = place.buffer, (*c.ops, *nest.ops)
+    return fits
 
 
 def read(nest: Nest, sums: dict[Expr, Contraction]) -> None:
     """Let a nest read what contractions add up."""
     known: dict[Expr, Expr] = {}
-    folds = False
     for each, c in sums.items():
+        folds = len(nest.outer) == 1 and c.segments > 1
+        steps = ((0, c.n), (1, 1)) if len(nest.outer) == 2 else ((0, 1), (1, c.n))
         c.sums = c.sums or Buffer(f"{c.b.buffer.name}.sums", c.dtype, c.segments * c.n)
-        if len(nest.outer) == 1 and c.segments > 1:
-            terms = load(Access(c.sums, 0, ((0, 1), (1, c.n))))
-            known[each], folds = expr("reduce", (terms,), c.dtype, "fold"), True
-        else:
-            steps = ((0, c.n), (1, 1)) if len(nest.outer) == 2 else ((0, 1),)
-            known[each] = load(Access(c.sums, 0, steps))
+        x = load(Access(c.sums, 0, steps if c.segments > 1 else ((0, 1),)))
+        known[each] = expr("reduce", (x,), c.dtype, "fold") if folds else x
     nest.stores = tuple(Store(s.access, rebuilt(s.value, known)) for s in nest.stores)
     if folds:
-        nest.inner = next(iter(sums.values())).segments
+        nest.inner = c.segments
     else:
         *outer, nest.inner = nest.outer
         nest.outer, nest.order = tuple(outer), ROWS

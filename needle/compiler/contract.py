@@ -850,6 +850,7 @@ class Block:
             if core.dot:
                 self.terms = f.whole("lshr", f.whole("add", self.count, 1), 1)
             segment, b = self.a.moved(0, k), self.b.moved(0, k)
+            ahead = f.whole("add", k, SEGMENT)
             if core.is_wide:
                 with f.under(self.thin):
                     self.sweep(segment, b)
@@ -865,7 +866,11 @@ class Block:
                     rows = f.least_of(f.whole("sub", height, i), core.rows)
                     self.extra = f.all(last, f.test("eq", f.whole("add", i, rows), height))
                     strip = f.byte(self.strips, f.whole("udiv", i, core.rows), core.strip)
-                    following = a.moved(GROUP * core.rows, 0)
+                    # The next group lies below, or, after the last one, in the next segment
+                    below, behind = a.moved(GROUP * core.rows, 0), self.a.moved(0, ahead)
+                    rest = f.test("slt", f.whole("add", g, height), self.height)
+                    start = f.choose(rest, below.start, behind.start, "ptr")
+                    following = replace(below, start=start)
                     self.first = f.test("eq", f.whole("add", g, i), 0)
                     i = f.whole("add", g, i)
                     sums = f.byte(self.sums, i, pitch)

@@ -84,6 +84,7 @@ class Function(Writer):
         return self.let(f"select i1 {condition}, {kind} {a}, {kind} {b}")
 
     def all(self, *conditions: str) -> str:
+        """Whether all conditions hold."""
         return reduce(lambda a, b: self.let(f"and i1 {a}, {b}"), conditions)
 
     def run(self, target: str, head: str, *given: object) -> None:

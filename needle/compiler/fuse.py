@@ -99,6 +99,7 @@ def coordinates(shape: Sequence[int]) -> Indices:
 
 
 def rank(group: Group) -> tuple[int, bool, int]:
+    """In which order groups are asked to take a node in."""
     return -group.level, group.kind != "contraction", -group.number
 
 

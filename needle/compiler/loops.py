@@ -520,6 +520,22 @@ def ordered(
     return list(found)
 
 
+def rebuilt(x: Expr, known: dict[Expr, Expr], by: int = 0) -> Expr:
+    """An expression of what is known in place of others, every axis numbered `by` higher."""
+    if x not in known:
+        attr = x.attr + by if x.op == "axis" else x.attr
+        attr = moved(attr, known, by) if x.op == "load" else attr
+        known[x] = expr(x.op, tuple(rebuilt(each, known, by) for each in x.args), x.dtype, attr)
+    return known[x]
+
+
+def moved(place: Access, known: dict[Expr, Expr], by: int = 0) -> Access:
+    """A place among the axes of `rebuilt`."""
+    strides = tuple((axis + by, step) for axis, step in place.strides)
+    dynamic = tuple((rebuilt(each, known, by), step) for each, step in place.dynamic)
+    return Access(place.buffer, place.offset, strides, dynamic)
+
+
 def passes_of(nest: Nest) -> dict[Expr, int]:
     """In which of the nest's loops over the inner axis a value is known.
 

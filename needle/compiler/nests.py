@@ -57,8 +57,10 @@ from needle.compiler.loops import (
     cast,
     expr,
     load,
+    moved,
     ordered,
     param,
+    rebuilt,
     select,
     wide,
 )  # fmt: skip
@@ -445,26 +447,9 @@ def as_nest(group: Group, shaper: Shaper, stores: Sequence[Store]) -> Nest:
     shape = tuple(sizes[:outer])
     if group.order == COLUMNS and not shape:
         # A scan along the only axis: the axis of the vectors has size 1.
-        stores = [Store(shifted(s.access), shift(s.value, {})) for s in stores]
+        stores = [Store(moved(s.access, {}, 1), rebuilt(s.value, {}, 1)) for s in stores]
         shape = (1,)
     return Nest(shape, inner, group.order, tuple(stores), tuple(group.nodes))
-
-
-def shifted(place: Any, known: dict[Expr, Expr] | None = None) -> Any:
-    """An access with every axis numbered one higher."""
-    known = {} if known is None else known
-    strides = tuple((axis + 1, n) for axis, n in place.strides)
-    dynamic = tuple((shift(each, known), n) for each, n in place.dynamic)
-    return type(place)(place.buffer, place.offset, strides, dynamic)
-
-
-def shift(x: Expr, known: dict[Expr, Expr]) -> Expr:
-    """An expression with every axis numbered one higher."""
-    if x not in known:
-        attr = x.attr + 1 if x.op == "axis" else x.attr
-        attr = shifted(attr, known) if x.op == "load" else attr
-        known[x] = expr(x.op, tuple(shift(each, known) for each in x.args), x.dtype, attr)
-    return known[x]
 
 
 # The other kinds

@@ -67,13 +67,12 @@ class Levels:
             for buffer in nest.writes():
                 self.writers.setdefault(buffer, []).append(nest)
         for nest in nests:
-            self.of[nest] = self.earliest(nest, waits.get(nest, []))
+            self.of[nest] = max((self.of[x] for x in self.before(nest)), default=-1) + 1
 
-    def earliest(self, nest: AnyNest, waits: Sequence[AnyNest]) -> int:
-        """The level after whatever writes what a nest reads, and what it waits for."""
+    def before(self, nest: AnyNest) -> set[AnyNest]:
+        """Whatever writes what a nest reads, and what it waits for."""
         writers = [x for buffer in nest.reads() for x in self.writers.get(buffer, [])]
-        before = [self.of[x] for x in (*writers, *waits) if x is not nest]
-        return max(before, default=-1) + 1
+        return {*writers, *self.waits.get(nest, [])} - {nest}
 
     def others(self, source: Buffer, nest: AnyNest, checking: Sequence[AnyNest]) -> list[int]:
         """The levels of what checks, and of what reads a buffer besides a nest."""
@@ -88,8 +87,7 @@ class Levels:
             nest = stack.pop()
             if nest not in found:
                 found.add(nest)
-                stack += [x for buffer in nest.reads() for x in self.writers.get(buffer, [])]
-                stack += self.waits.get(nest, [])
+                stack += self.before(nest)
         return found
 
     def lift(self, nest: AnyNest, least: int) -> None:

@@ -10,9 +10,9 @@ begins with, and segments are as long as these chains (needle/ops/order.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from needle.autograd import post_order
 from needle.compiler import OFF
 from needle.compiler.contract import FEW
 from needle.compiler.loops import (
@@ -27,16 +27,16 @@ from needle.compiler.loops import (
     Store,
     expr,
     load,
+    rebuilt,
 )
+from needle.compiler.schedule import Levels
 from needle.dtype import float32, float64
 from needle.ops.order import SEGMENT
 
 MUCH = 1 << 18  # bytes that are worth it: more than a core's own cache keeps by the way
 
-Links = dict[Any, list[AnyNest]]
 
-
-def share(nests: Sequence[AnyNest], waits: Links) -> list[AnyNest]:
+def share(nests: Sequence[AnyNest], waits: dict[AnyNest, list[AnyNest]]) -> list[AnyNest]:
     """The nests, each after what it reads and waits for."""
     products: dict[Buffer, list[Contraction]] = {}
     for nest in nests:
@@ -44,22 +44,22 @@ def share(nests: Sequence[AnyNest], waits: Links) -> list[AnyNest]:
             products.setdefault(nest.b.buffer, []).append(nest)
     if not products or "fuse" in OFF:
         return list(nests)
-    before = links(nests, waits)
+    levels = Levels(nests, waits)
+    before = {nest: sorted(levels.before(nest), key=levels.places.__getitem__) for nest in nests}
     for nest in [each for each in nests if isinstance(each, Nest) and each.order == COLUMNS]:
         sums = sums_of(nest, products)
-        if not sums or nest in ancestors(sums.values(), before):
+        if not sums or nest in post_order(sums.values(), before.__getitem__):
             continue
         if moves(nest, sums):
             (c,) = sums.values()
             before[c] += before.pop(nest)
-            for found in (before, waits):
-                for each in found.values():
-                    each[:] = [c if x is nest else x for x in each]
+            for each in (*before.values(), *waits.values()):
+                each[:] = [c if x is nest else x for x in each]
             waits[c] = [*waits.get(c, []), *waits.pop(nest, [])]
         else:
             read(nest, sums)
             before[nest] += sums.values()
-    return ancestors(nests, before)
+    return post_order(before, before.__getitem__)
 
 
 def is_worth(c: Contraction) -> bool:
@@ -125,7 +125,7 @@ def read(nest: Nest, sums: dict[Expr, Contraction]) -> None:
     for each, c in sums.items():
         folds = len(nest.outer) == 1 and c.segments > 1
         steps = ((0, c.n), (1, 1)) if len(nest.outer) == 2 else ((0, 1), (1, c.n))
-        c.sums = c.sums or Buffer(f"{c.b.buffer.name}.sums", c.dtype, c.segments * c.n)
+        c.sums = c.sums or Buffer(f"{c.b.buffer.name}.{c.b.offset}.sums", c.dtype, c.segments * c.n)
         x = load(Access(c.sums, 0, steps if c.segments > 1 else ((0, 1),)))
         known[each] = expr("reduce", (x,), c.dtype, "fold") if folds else x
     nest.stores = tuple(Store(s.access, rebuilt(s.value, known)) for s in nest.stores)
@@ -134,42 +134,3 @@ def read(nest: Nest, sums: dict[Expr, Contraction]) -> None:
     else:
         *outer, nest.inner = nest.outer
         nest.outer, nest.order = tuple(outer), ROWS
-
-
-def rebuilt(x: Expr, known: dict[Expr, Expr]) -> Expr:
-    """An expression of what is known in place of others."""
-    if x not in known:
-        attr = x.attr
-        if x.op == "load":
-            dynamic = tuple((rebuilt(each, known), step) for each, step in attr.dynamic)
-            attr = Access(attr.buffer, attr.offset, attr.strides, dynamic)
-        known[x] = expr(x.op, tuple(rebuilt(each, known) for each in x.args), x.dtype, attr)
-    return known[x]
-
-
-def links(nests: Sequence[AnyNest], waits: Links) -> Links:
-    """For each nest those that it reads from or waits for."""
-    writers: Links = {}
-    for nest in nests:
-        for buffer in nest.writes():
-            writers.setdefault(buffer, []).append(nest)
-    found = {}
-    for nest in nests:
-        read = [x for buffer in nest.reads() for x in writers.get(buffer, ()) if x is not nest]
-        found[nest] = [*read, *waits.get(nest, ())]
-    return found
-
-
-def ancestors(last: Iterable[AnyNest], before: Links) -> list[AnyNest]:
-    """Some nests and all that come before them, each after what it reads and waits for."""
-    found: dict[AnyNest, None] = {}
-    entered: set[AnyNest] = set()
-    stack = [each for each in last if each in before][::-1]
-    while stack:
-        nest = stack[-1]
-        if nest in entered:
-            found[stack.pop()] = None
-        else:
-            entered.add(nest)
-            stack += [x for x in before[nest] if x not in entered]
-    return list(found)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -210,6 +212,31 @@ def test_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("orders", ORDERS)
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16", "int16", "bool"])
+def test_strips_that_are_packed_by_the_way(name: str, orders: tuple[str, str]) -> None:
+    """Many panels, and every number of rows in the last strip."""
+    dtype = dtype_of(name)
+    panels = 7 * 64 if dtype.itemsize < 4 else 224
+    for m in range(29, 44):
+        check(*matmul(dtype, (m, panels + m, 9), orders=orders))
+    for sizes in [(60, panels, 513), (43, panels + 40, 300)]:
+        check(*matmul(dtype, sizes, orders=orders))
+
+
+@pytest.mark.skipif(not re.search("x86|i386|AMD64", platform.machine()), reason="x86's registers")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16", "int32"])
+def test_tiles_stay_in_registers(name: str, bits: int) -> None:
+    core = contract.Core(dtype_of(name), bits)
+    text = engine.assembly(core.emit("core"))
+    for kind in ("micro", "first", "weave"):
+        start = text.index(f"\n{kind}{core.rows}.2:")
+        body = text[start : text.index(".Lfunc_end", start)]
+        assert body.count("mm") > 4 * core.rows
+        assert not re.search(r"mm\d+, [^,\n]*\(%[er]sp\)", body)
+
+
+@pytest.mark.parametrize("orders", ORDERS)
 def test_vectors(orders: tuple[str, str]) -> None:
     for sizes in [(1, 1, 300), (1, 70, 270), (70, 1, 270), (600, 1, 20), (1, 600, 20), (2, 1, 3)]:
         check(*matmul(np.dtype(float32), sizes, orders=orders))
@@ -410,7 +437,7 @@ def check_between_walls(c: Contraction, memory: dict[Buffer, np.ndarray], at_end
 @pytest.mark.parametrize("orders", ORDERS)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int64"])
 def test_nothing_beyond_the_operands_is_read(name: str, orders: tuple[str, str]) -> None:
-    more = [(20, 1, 9), (17, 43, 258), (270, 43, 258)]
+    more = [(20, 1, 9), (17, 43, 258), (270, 43, 258), (47, 230, 258)]
     for sizes, at_end in product([*EDGES, *more], (False, True)):
         c, memory = matmul(dtype_of(name), sizes, orders=orders)
         check_between_walls(c, memory, at_end)
@@ -450,7 +477,14 @@ def test_sums_that_are_only_stored(name: str) -> None:
 def test_sums_of_terms(name: str) -> None:
     """One more row of ones: at every edge of strips, groups, blocks and segments."""
     dtype = dtype_of(name)
-    for m, n, k in [(9, 33, 300), (14, 70, 256), (112, 40, 20), (113, 9, 520), (513, 40, 257)]:
+    for m, n, k in [
+        (9, 33, 300),
+        (14, 70, 256),
+        (112, 40, 20),
+        (113, 9, 520),
+        (513, 40, 257),
+        (42, 230, 300),
+    ]:
         for orders in ORDERS[:: 3 if m > 112 else 1]:
             c, memory = matmul(dtype, (m, n, k), orders=orders)
             c.sums = Buffer("sums", c.dtype, c.segments * n)

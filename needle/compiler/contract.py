@@ -11,9 +11,11 @@ Two functions do the work. The *core* of a dtype computes one block of accumulat
                     micro-kernel                 a tile of accumulators, in registers
                 after the last segment: epilogue on the strip, while it is in the cache
 
-A micro-kernel fetches by the way what is packed next. A row of ones, as one more of a's, gives the
-sums of b's terms. Few rows make a *thin* block, which waits for memory: b is then read once, as it
-lies. A product with few columns is computed as its transpose.
+Arithmetic leaves a micro-kernel time for other work, a little at each term: it packs the panel that
+it is the first to read, and, where panels are many, the next strip, so that a group is all strips;
+and it fetches into the cache what is needed next. A row of ones, as one more of a's, gives the sums
+of b's terms. Few rows make a *thin* block, which waits for memory: b is then read once, as it lies.
+A product with few columns is computed as its transpose.
 
 The *kernel* of a structure holds the epilogue and walks over units, which are blocks; a thread's
 units that lie below each other are one block, so that b is packed once. It calls the core by an
@@ -46,6 +48,8 @@ FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it
 SWEPT = 32  # bytes of a column that go through a thin block's columns together
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
+SOON = 64  # terms that b is fetched ahead while it is packed
+WOVEN = 2  # rows of the next strip that are packed while a panel is met
 AHEAD, FAR = 1024, 1 << 17  # bytes: what is fetched along a column, where the next are far
 GROUP = 8  # strips that are packed together
 BLOCK = 2048  # bytes: how wide a block of accumulators is at most
@@ -94,7 +98,7 @@ class Function(Writer):
         self.do(f"call void {target}({found})")
 
     @contextmanager
-    def span(self, stop: object, step: int = 1, start: object = 0) -> Iterator[str]:
+    def span(self, stop: object, step: object = 1, start: object = 0) -> Iterator[str]:
         """for i in range(start, stop, step)"""
         number, before = self.fresh(), self.block
         i, head, after = f"%i{number}", f"head{number}", f"after{number}"
@@ -223,8 +227,9 @@ class Core:
 
     def emit(self, name: str) -> str:
         """The module that defines the core under a name."""
-        micros = [emit_micro(self, rows, n) for rows in (self.rows, SMALL) for n in (2, 1)]
-        micros += [] if self.dot else [emit_micro(self, self.rows, 2, packs=True)]
+        micros = [Micro(self, rows, n).f.text for rows in (self.rows, SMALL) for n in (2, 1)]
+        kinds = () if self.dot else ("first", "weave")
+        micros += [Micro(self, self.rows, 2, kind).f.text for kind in kinds]
         turns = [emit_transpose(self, side) for side in self.sides]
         spreads = [emit_spread(self, name) for name in self.packing]
         packers = [emit_copy(self), *spreads, *turns, emit_gather(self), emit_pack(self)]
@@ -272,60 +277,94 @@ MICRO = (
 )
 
 
-def emit_micro(core: Core, rows: int, vectors: int, packs: bool = False) -> str:
+class Micro:
     """A tile of chains over `count` terms, in registers: out = tile, or c + tile where `more`.
 
     a is a packed strip. Of b's last vector `lanes` lanes are columns. out's rows are `pitch` bytes
-    apart. What is packed next is fetched into the cache by the way: a line or two a term, `stride`
-    bytes on, after a period by `turn` more. packs: b is read as it lies, and what is read is kept
-    as `panel`.
+    apart. By the way, at each term, lines are fetched into the cache: a row of c and out, and from
+    `ahead` on, in steps of `stride` bytes, what is packed next; after a period `turn` more.
+
+    first: b is read as it lies, and what is read is kept as `panel`; b is fetched SOON terms ahead,
+    and `turn` leads to the next panel. weave: two rows of a's next strip, which begin at `ahead`
+    and are `turn` apart, are packed at `panel`, a term each.
     """
-    value, lanes, size = core.value, core.lanes, core.size
-    term = uint32 if core.dot else value
-    f = Function(f"{'first' if packs else 'micro'}{rows}.{vectors}", MICRO)
-    masks = [*[None] * (vectors - 1), core.mask(f, "%lanes") if core.masks else None]
-    width = core.width if packs else size
 
-    def turn(values: list[str]) -> list[str]:
-        left, a, b, ahead, panel, *sums = values
-        places = [f.byte(b, v * lanes * width) for v in range(vectors)]
-        pairs = zip(places, masks, strict=True)
-        if packs:
-            columns = [core.fetch(f, place, lanes, mask) for place, mask in pairs]
-            for v, x in enumerate(columns):
-                f.store(x, f.byte(panel, v * core.bits // 8), value, lanes)
-        else:
-            columns = [f.load(place, term, lanes, mask) for place, mask in pairs]
-        rest, following = iter(sums), []
-        for r in range(rows):
-            x = f.splat(f.load(f.byte(a, r * size), term, 0), term, lanes)
-            following += [core.multiply_add(f, x, column, next(rest)) for column in columns]
-        for line in range(0, core.span, 64):
-            f.prefetch(f.byte(ahead, line))
+    def __init__(self, core: Core, rows: int, vectors: int, kind: str = "micro") -> None:
+        self.core, self.rows, self.vectors, self.kind = core, rows, vectors, kind
+        self.f = f = Function(f"{kind}{rows}.{vectors}", MICRO)
+        self.value, self.lanes, self.size = core.value, core.lanes, core.size
+        self.masks = [*[None] * (vectors - 1), core.mask(f, "%lanes") if core.masks else None]
+        self.below = f.whole("mul", "%turn", rows)  # from a strip to the next
+        self.last = f.whole("sub", "%count", rows)  # terms that are left when c's rows are fetched
+        pointers = [("ptr", f"%{each}") for each in ("a", "b", "panel", "ahead", "c", "out")]
+        zeros = [(typed(self.value, self.lanes), "zeroinitializer")] * (rows * vectors)
+        carried = [("i64", "%count"), *pointers, *zeros]
+        found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), self.turn)
+        self.finish(found[len(pointers) + 1 :])
+
+    def turn(self, values: list[str]) -> list[str]:
+        f = self.f
+        left, a, b, panel, ahead, c, out, *sums = values
         left = f.whole("sub", left, 1)
-        turned = f.test("eq", f.whole("and", left, core.period - 1), 0)
-        ahead = f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
-        places = [f.byte(a, 16 * size), f.byte(b, "%step"), ahead]
-        places.append(f.byte(panel, core.columns * size) if packs else panel)
-        return [left, *places, *following]
+        # Stores come first: no load may pass them, and fourteen that wait would fill the registers
+        columns, rest, found = self.columns(b, panel), iter(sums), []
+        ahead = self.weave(ahead, panel) if self.kind == "weave" else self.fetch(left, ahead)
+        for r in range(self.rows):
+            term = uint32 if self.core.dot else self.value
+            x = f.splat(f.load(f.byte(a, r * self.size), term, 0), term, self.lanes)
+            found += [self.core.multiply_add(f, x, column, next(rest)) for column in columns]
+        kept = {"first": self.core.columns, "weave": 16}.get(self.kind, 0)
+        places = [f.byte(a, 16 * self.size), f.byte(b, "%step"), f.byte(panel, kept * self.size)]
+        more = f.test("sgt", left, self.last)
+        for place in (c, out):
+            for line in range(0, self.vectors * self.core.bits // 8, 64):
+                f.prefetch(f.byte(place, line + 63))
+        lines = [f.byte(c, f.choose(more, PITCH, 0)), f.byte(out, f.choose(more, "%pitch", 0))]
+        return [left, *places, ahead, *lines, *found]
 
-    starts = [(r, v * core.bits // 8) for r in range(rows) for v in range(vectors)]
-    before = [f.byte("%c", r * PITCH + start) for r, start in starts]
-    for place in before:  # needed at the end
-        f.prefetch(place)
-    zeros = [(typed(value, lanes), "zeroinitializer")] * (rows * vectors)
-    pointers = [("ptr", each) for each in ("%a", "%b", "%ahead", "%panel")]
-    carried = [("i64", "%count"), *pointers, *zeros]
-    found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), turn)[5:]
-    places = [f.byte(f.byte("%out", r, "%pitch"), start) for r, start in starts]
-    with f.under("%more"):
-        for x, place, out in zip(found, before, places, strict=True):
-            f.store(core.add(f, f.load(place, value, lanes), x), out, value, lanes)
-        f.do("ret void")
-        f.begin("first")
-    for x, out in zip(found, places, strict=True):
-        f.store(x, out, value, lanes)
-    return f.text
+    def columns(self, b: str, panel: str) -> list[str]:
+        f, core, starts = self.f, self.core, range(0, self.vectors * self.lanes, self.lanes)
+        if self.kind != "first":
+            term = uint32 if core.dot else self.value
+            places = [f.byte(b, start, self.size) for start in starts]
+            pairs = zip(places, self.masks, strict=True)
+            return [f.load(place, term, self.lanes, mask) for place, mask in pairs]
+        places = [f.byte(b, start, core.width) for start in starts]
+        pairs = zip(places, self.masks, strict=True)
+        found = [core.fetch(f, place, self.lanes, mask) for place, mask in pairs]
+        for x, start in zip(found, starts, strict=True):
+            f.store(x, f.byte(panel, start, self.size), self.value, self.lanes)
+        return found
+
+    def fetch(self, left: str, ahead: str) -> str:
+        """The lines of a term; where the next one's are."""
+        f, core, first = self.f, self.core, self.kind == "first"
+        for line in range(0, core.span, 64):  # where rows begin within one, the panel before has it
+            f.prefetch(f.byte(ahead, line + 63), 2 if first else 3)
+        phase = left if first else f.whole("and", left, core.period - 1)
+        turned = f.test("eq", phase, SOON if first else 0)
+        return f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
+
+    def weave(self, ahead: str, panel: str) -> str:
+        f = self.f
+        for n in range(WOVEN):
+            place = f.byte(ahead, n, "%turn")
+            f.store(self.core.fetch(f, place, 0), f.byte(panel, n * self.size), self.value, 0)
+            f.prefetch(f.byte(place, self.below))
+        return f.byte(ahead, "%stride")
+
+    def finish(self, sums: list[str]) -> None:
+        f, value, lanes = self.f, self.value, self.lanes
+        starts = [(r, v * lanes * self.size) for r in range(self.rows) for v in range(self.vectors)]
+        places = [f.byte(f.byte("%out", r, "%pitch"), start) for r, start in starts]
+        with f.under("%more"):
+            for x, (r, start), place in zip(sums, starts, places, strict=True):
+                before = f.load(f.byte("%c", r * PITCH + start), value, lanes)
+                f.store(self.core.add(f, before, x), place, value, lanes)
+            f.do("ret void")
+            f.begin("first")
+        for x, place in zip(sums, places, strict=True):
+            f.store(x, place, value, lanes)
 
 
 # Thin blocks: few rows, for which b is read once, as fast as memory gives it, and never packed
@@ -827,6 +866,10 @@ class Block:
             for x in "ab"
         )
         self.pack_b, self.turn, self.thin = (f.test("ne", given[field], 0) for field in FLAGS)
+        self.weaves = "false"
+        if not core.dot:
+            enough = f.test("sge", "%columns", core.rows // WOVEN * core.columns)
+            self.weaves = f.all(enough, f.test("eq", self.a.way, STRIDED))
         self.strips = f.byte("%scratch", 64)
         self.panels = f.byte(self.strips, GROUP * core.strip)
         self.sums = f.byte(self.panels, BLOCK // (core.columns * self.size) * core.panel)
@@ -856,34 +899,49 @@ class Block:
                 with f.under(self.thin):
                     self.sweep(segment, b)
             tall = f.choose(self.thin, 0, self.height)
-            with f.span(tall, GROUP * core.rows) as g:
-                height = f.least_of(f.whole("sub", self.height, g), GROUP * core.rows)
+            some = f.choose(self.weaves, 2 * core.rows, GROUP * core.rows)
+            group = f.choose(self.weaves, self.height, some)
+            with f.span(tall, group) as g:
+                height = f.least_of(f.whole("sub", self.height, g), group)
                 last = f.all(self.has_ones, f.test("eq", f.whole("add", g, height), self.height))
                 a, held = segment.moved(g, 0), f.whole("sub", height, f.choose(last, 1, 0))
-                self.pack("strips", self.strips, a, held)
-                with f.under(last):
-                    self.lay_ones(held)
+                self.pack("strips", self.strips, a, f.least_of(held, some))
                 with f.span(height, core.rows) as i:
                     rows = f.least_of(f.whole("sub", height, i), core.rows)
                     self.extra = f.all(last, f.test("eq", f.whole("add", i, rows), height))
-                    strip = f.byte(self.strips, f.whole("udiv", i, core.rows), core.strip)
-                    # The next group lies below, or, after the last one, in the next segment
-                    below, behind = a.moved(GROUP * core.rows, 0), self.a.moved(0, ahead)
-                    rest = f.test("slt", f.whole("add", g, height), self.height)
-                    start = f.choose(rest, below.start, behind.start, "ptr")
-                    following = replace(below, start=start)
+                    strip = self.strip(i)
+                    with f.under(self.extra):
+                        self.lay_ones(strip, f.whole("sub", rows, 1))
                     self.first = f.test("eq", f.whole("add", g, i), 0)
+                    # What is packed next lies below, or, at the end, in the next segment
+                    following = f.whole("add", i, core.rows)
+                    self.slot = self.strip(following)
+                    following = f.choose(self.weaves, following, some)
+                    below, behind = a.moved(following, 0), self.a.moved(0, ahead)
+                    self.rest = f.whole("sub", f.whole("sub", "%rows", g), following)
+                    more = f.test("sgt", self.rest, 0)
+                    start = f.choose(more, below.start, behind.start, "ptr")
+                    self.below, self.weave = replace(below, start=start), f.all(self.weaves, more)
+                    enough = f.choose(self.weave, 0, some)
+                    self.parts = f.whole(
+                        "udiv", f.whole("add", enough, core.period - 1), core.period
+                    )
                     i = f.whole("add", g, i)
                     sums = f.byte(self.sums, i, pitch)
-                    self.tiles(i, rows, strip, following, b, sums)
+                    self.tiles(i, rows, strip, b, sums)
                     with f.under(self.extra):
                         self.take_sums(k, f.byte(sums, f.whole("sub", rows, 1), PITCH))
 
-    def lay_ones(self, row: str) -> None:
-        """A row of the packed strips."""
+    def strip(self, i: str) -> str:
+        """Where the strip that begins at row i of a group is packed."""
+        number = self.f.whole("udiv", i, self.core.rows)
+        slot = self.f.choose(self.weaves, self.f.whole("and", number, 1), number)
+        return self.f.byte(self.strips, slot, self.core.strip)
+
+    def lay_ones(self, strip: str, row: str) -> None:
+        """A row of a packed strip."""
         f, core = self.f, self.core
-        strip = f.byte(self.strips, f.whole("udiv", row, core.rows), core.strip)
-        place = f.byte(strip, f.whole("urem", row, core.rows), self.size)
+        place = f.byte(strip, row, self.size)
         with f.span(self.count) as t:
             f.store(constant(1, core.value, 0), f.byte(place, t, 16 * self.size), core.value, 0)
 
@@ -946,7 +1004,7 @@ class Block:
         whole = f.test("eq", f.whole("srem", width, core.lanes), 0)
         return width, "true" if core.masks else whole
 
-    def tiles(self, i: str, rows: str, strip: str, following: Source, b: Source, sums: str) -> None:
+    def tiles(self, i: str, rows: str, strip: str, b: Source, sums: str) -> None:
         """The tiles of a strip, and what becomes of them after the last segment: whole ones go
         straight to an output that asks for nothing else."""
         f, core = self.f, self.core
@@ -957,46 +1015,67 @@ class Block:
         done = f.whole("sub", "%columns", f.whole("srem", "%columns", core.columns))
         done, line = f.choose(straight, done, 0), f.byte(self.out, i, self.pitch)
         heights = ((core.rows, large), (SMALL, f.choose(large, "false", "true", "i1")))
+        weaves = f.choose(self.first, "false", self.weave, "i1")
         with f.span("%columns", core.columns) as j:
+            part = f.whole("udiv", j, core.columns)
             width, readable = self.width(j)
-            double, lies = (
-                f.test("sgt", width, core.lanes),
-                f.choose(self.pack_b, "false", readable, "i1"),
-            )
+            double = f.test("sgt", width, core.lanes)
+            lies = f.choose(self.pack_b, "false", readable, "i1")
             packs = f.choose(lies, "false", self.first, "i1")
             by_the_way = "false" if core.dot else f.all(packs, readable, double, flat)
             with f.under(f.choose(by_the_way, "false", packs, "i1")):
                 self.pack("panels", self.panel(j), b.moved(j, 0), width)
             direct = f.let(f"or i1 {lies}, {by_the_way}")
             source = f.choose(direct, f.byte(b.start, j, b.outer), self.panel(j), "ptr")
-            ahead = self.ahead(j, b, following)
             step = f.choose(direct, b.inner, core.columns * self.size)
+            weave = f.all(weaves, f.test("ult", part, core.rows // WOVEN))
+            packed = f.choose(
+                weave, f.byte(self.slot, part, WOVEN * self.size), self.panel(j), "ptr"
+            )
+            ahead = self.ahead(part, b.moved(j, 0), by_the_way, weave)
             lanes = f.choose(double, f.whole("sub", width, core.lanes), width)
             target, whole = f.byte(sums, j, self.size), f.test("slt", j, done)
             for height, fits in heights:
                 micro = f.choose(double, f"@micro{height}.2", f"@micro{height}.1", "ptr")
                 if height == core.rows and not core.dot:
-                    micro = f.choose(by_the_way, f"@first{height}.2", micro, "ptr")
+                    for kind, here in (("first", by_the_way), ("weave", weave)):
+                        micro = f.choose(here, f"@{kind}{height}.2", micro, "ptr")
                 with f.under(fits), f.span(rows, height) as r:
                     left, to = f.byte(strip, r, self.size), f.byte(target, r, PITCH)
                     out = f.choose(whole, f.byte(line, j, self.size), to, "ptr")
-                    tile = (self.terms, left, source, step, lanes, self.panel(j), to, self.more)
+                    tile = (self.terms, left, source, step, lanes, packed, to, self.more)
                     f.run(micro, MICRO, *tile, out, f.choose(whole, self.pitch, PITCH), *ahead)
         with f.under(f.all(self.final, f.test("slt", done, "%columns"))):
             self.finish(i, held, sums, done)
 
-    def ahead(self, j: str, b: Source, following: Source) -> list[str]:
-        """What is packed next, and how a tile's turns walk through it: b's next panel, or, while a
-        strip that is not the first meets the first panels, a part of a's next group."""
+    def ahead(self, part: str, b: Source, by_the_way: str, weave: str) -> list[str]:
+        """What is packed next, and how a tile's turns walk through it: two rows of a's next strip;
+        else, in the first strip, b's next panel; else, at the first panels, a part of a's next
+        group, or of the strips that a segment begins with."""
         f, core = self.f, self.core
-        part = f.whole("udiv", j, core.columns)
-        early = f.test("ult", part, ceil(GROUP * core.rows / core.period))
-        found = self.way(b.moved(f.whole("add", j, core.columns), 0), "0")
-        group = self.way(following, part)
-        kinds, chosen = ("ptr", "i64", "i64"), []
-        for x, y, nothing, kind in zip(found, group, (self.strips, 0, 0), kinds, strict=True):
-            chosen.append(f.choose(self.first, x, f.choose(early, y, nothing, kind), kind))
-        return chosen
+        row = f.least_of(f.whole("mul", part, WOVEN), f.whole("sub", self.rest, 1))
+        beside = f.test("slt", f.whole("add", row, 1), self.rest)
+        woven = (
+            self.below.moved(row, 0).start,
+            self.below.inner,
+            f.choose(beside, self.below.outer, 0),
+        )
+        back = f.whole("mul", self.count, b.inner)
+        soon = (
+            f.byte(b.start, SOON, b.inner),
+            b.inner,
+            f.whole("sub", core.columns * core.width, back),
+        )
+        found: list[str] = [self.strips, "0", "0"]
+        for condition, other in (
+            (f.test("ult", part, self.parts), self.way(self.below, part)),
+            (self.first, self.way(b.moved(core.columns, 0), "0")),
+            (by_the_way, soon),
+            (weave, woven),
+        ):
+            kinds = ("ptr", "i64", "i64")
+            found = [f.choose(condition, *each) for each in zip(other, found, kinds, strict=True)]
+        return found
 
     def way(self, x: Source, part: str) -> tuple[str, str, str]:
         """A start, a stride, and a step after a period: through rows of which a turn is `span`

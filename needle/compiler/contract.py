@@ -415,7 +415,7 @@ def emit_dots(core: Core, rows: int) -> str:
             places = [f.byte(start, k, core.width) for start in starts]
             for place in places:
                 f.prefetch(f.byte(place, ahead), 2)
-                if rows < max(FEW) and core.width >= 4:  # else no time is left for it
+                if core.width >= 4:  # else each line is asked for twice as it is
                     f.prefetch(f.byte(place, ahead, 2), 1)
             found = [core.fetch(f, place, lanes) for place in places]
             turned = Square(f, value, lanes).turned(found)
@@ -1181,7 +1181,8 @@ def thin_tiling(c: Contraction, m: int, n: int, a: Operand, b: Operand) -> Tilin
         wide = 64  # many units share out evenly; those of one thread are one way
         most = next(most for rows, most in FEW.items() if m <= rows) // wide
     else:
-        wide = max(wide, 16 if a.inner == 1 else 64)
+        # A unit copies its rows of a
+        wide = max(wide, 16 if a.inner == 1 and m <= 4 else 64)
     return Tiling(ceil(n / wide), 1, wide, n, most, False, True)
 
 

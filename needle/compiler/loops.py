@@ -63,6 +63,21 @@ REDUCTIONS = frozenset({"sum", "fold", "max", "min", "argmax", "argmin"})
 ROWS, COLUMNS = "rows", "columns"
 
 
+def unop(op: str) -> Callable[[Expr], Expr]:
+    """A function of one expression."""
+    return lambda x: unary(op, x)
+
+
+def operator(op: str) -> Callable[[Expr, Any], Expr]:
+    """A method of an expression and another one, or a number."""
+    return lambda a, b: binary(op, a, b)
+
+
+def turned(op: str) -> Callable[[Expr, Any], Expr]:
+    """The same with the two sides exchanged."""
+    return lambda b, a: binary(op, literal(a, b.dtype), b)
+
+
 class Expr:
     """A typed scalar expression; `attr` is what its op needs besides arguments."""
 
@@ -82,69 +97,19 @@ class Expr:
 
     # Arithmetic, for lowerings: the other side may be a number, a literal of the same dtype
 
-    def __add__(self, other: Any) -> Expr:
-        return binary("add", self, other)
-
-    def __radd__(self, other: Any) -> Expr:
-        return binary("add", literal(other, self.dtype), self)
-
-    def __sub__(self, other: Any) -> Expr:
-        return binary("sub", self, other)
-
-    def __rsub__(self, other: Any) -> Expr:
-        return binary("sub", literal(other, self.dtype), self)
-
-    def __mul__(self, other: Any) -> Expr:
-        return binary("mul", self, other)
-
-    def __rmul__(self, other: Any) -> Expr:
-        return binary("mul", literal(other, self.dtype), self)
-
-    def __truediv__(self, other: Any) -> Expr:
-        return binary("div", self, other)
-
-    def __rtruediv__(self, other: Any) -> Expr:
-        return binary("div", literal(other, self.dtype), self)
-
-    def __neg__(self) -> Expr:
-        return unary("neg", self)
-
-    def __and__(self, other: Any) -> Expr:
-        return binary("and", self, other)
-
-    def __or__(self, other: Any) -> Expr:
-        return binary("or", self, other)
-
-    def __xor__(self, other: Any) -> Expr:
-        return binary("xor", self, other)
-
-    def __invert__(self) -> Expr:
-        return unary("not", self)
-
-    def __lshift__(self, other: Any) -> Expr:
-        return binary("shl", self, other)
+    __add__, __radd__ = operator("add"), turned("add")
+    __sub__, __rsub__ = operator("sub"), turned("sub")
+    __mul__, __rmul__ = operator("mul"), turned("mul")
+    __truediv__, __rtruediv__ = operator("div"), turned("div")
+    __lt__, __gt__ = operator("lt"), turned("lt")
+    __le__, __ge__ = operator("le"), turned("le")
+    __neg__, __invert__ = unop("neg"), unop("not")
+    __and__, __or__, __xor__ = operator("and"), operator("or"), operator("xor")
+    __lshift__, equals, differs = operator("shl"), operator("eq"), operator("ne")
 
     def __rshift__(self, other: Any) -> Expr:
         """Logical for unsigned dtypes, arithmetic for signed ones."""
         return binary("lshr" if self.dtype.kind == "u" else "ashr", self, other)
-
-    def __lt__(self, other: Any) -> Expr:
-        return binary("lt", self, other)
-
-    def __le__(self, other: Any) -> Expr:
-        return binary("le", self, other)
-
-    def __gt__(self, other: Any) -> Expr:
-        return binary("lt", literal(other, self.dtype), self)
-
-    def __ge__(self, other: Any) -> Expr:
-        return binary("le", literal(other, self.dtype), self)
-
-    def equals(self, other: Any) -> Expr:
-        return binary("eq", self, other)
-
-    def differs(self, other: Any) -> Expr:
-        return binary("ne", self, other)
 
 
 INTERNED: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
@@ -236,10 +201,6 @@ def maximum(a: Expr, b: Any) -> Expr:
 
 def minimum(a: Expr, b: Any) -> Expr:
     return binary("min", a, b)
-
-
-def unop(name: str) -> Callable[[Expr], Expr]:
-    return lambda x: unary(name, x)
 
 
 sqrt, floor, ceil, rint, trunc = map(unop, ("sqrt", "floor", "ceil", "rint", "trunc"))

@@ -318,8 +318,7 @@ class Fuser:
                 continue
             if is_elementwise(node) and x.shape == node.shape:
                 return base
-            found = push(node.op, base, x.shape, group.shape)
-            if found is not None:
+            if (found := push(node.op, base, x.shape, group.shape)) is not None:
                 return found
         return None
 
@@ -329,8 +328,7 @@ class Fuser:
         walk = Walk(self, group)
         if group.kind == "contraction" and not is_plain(index, len(group.shape) - 1):
             return False
-        fits = walk.follow(node, index)
-        if fits and walk.run() and self.comes_after(group, walk):
+        if walk.follow(node, index) and walk.run() and self.comes_after(group, walk):
             self.add(group, node, index, walk)
             return True
         return False
@@ -341,12 +339,8 @@ class Fuser:
         return not any(other.ancestors & group.bit for other in found)
 
     def groups_of(self, nodes: Set[Node]) -> set[Group]:
-        found = set()
-        for node in nodes:
-            for each in self.pieces.get(node, (node,)):
-                if each in self.group_of:
-                    found.add(self.group_of[each])
-        return found
+        parts = [each for node in nodes for each in self.pieces.get(node, (node,))]
+        return {self.group_of[each] for each in parts if each in self.group_of}
 
     def add(self, group: Group, node: Node, index: Indices, walk: Walk) -> None:
         group.index[node] = index
@@ -416,10 +410,9 @@ class Fuser:
         group.inner, group.order = found, order
         kept = tuple(each for axis, each in enumerate(index) if axis not in axes)
         walk = Walk(self, group)
-        if walk.enter(node.inputs[0], index) and walk.run():
-            if self.comes_after(group, walk):
-                self.add(group, node, kept, walk)
-                return True
+        if walk.enter(node.inputs[0], index) and walk.run() and self.comes_after(group, walk):
+            self.add(group, node, kept, walk)
+            return True
         group.inner, group.order = before
         return False
 
@@ -545,8 +538,7 @@ class Fuser:
             number, index, _ = MOVEMENT[type(x.op)](
                 x.op, index, [each.shape for each in x.inputs], sizes
             )[0]
-            place = linearize(index, x.inputs[number].shape)
-            found = lay_of([place], sizes)
+            found = lay_of([linearize(index, x.inputs[number].shape)], sizes)
             if found is None or any(len(each) > 1 for each in found[: -2 if windows else None]):
                 return False
             if x is node:
@@ -606,14 +598,11 @@ def sources(node: Node, index: Indices, sizes: Sequence[int]) -> list[tuple[Node
     """What a node's element at an index reads: inputs and the indices in them."""
     kind = type(node.op)
     if kind in MOVEMENT:
-        shapes = [x.shape for x in node.inputs]
-        found = MOVEMENT[kind](node.op, index, shapes, sizes)
+        found = MOVEMENT[kind](node.op, index, [x.shape for x in node.inputs], sizes)
         return [(node.inputs[number], i) for number, i, _ in found]
     if kind is ops.RandomUniform:
         return [(node.inputs[0], (fixed(0),))]
-    if kind is Gather:
-        return gather_sources(node, index)
-    return [(x, index) for x in node.inputs]
+    return gather_sources(node, index) if kind is Gather else [(x, index) for x in node.inputs]
 
 
 UNKNOWN = Index(0, {Expr: 1})  # an index that no group's coordinates equal

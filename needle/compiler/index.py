@@ -74,13 +74,8 @@ class Index:
 
     @property
     def axes(self) -> frozenset[int]:
-        found: frozenset[int] = frozenset()
-        for atom in self.terms:
-            if isinstance(atom, int):
-                found |= {atom}
-            else:
-                found |= atom.axes
-        return found
+        parts = [{atom} if isinstance(atom, int) else atom.axes for atom in self.terms]
+        return frozenset().union(*parts)
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,12 @@ class Domain:
 # Scalar operations
 
 
-def unsigned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation on the bits of integers."""
+def on_bits(function: Callable[..., Any], kind: str = "u") -> Callable[..., Any]:
+    """An operation on the bits of integers, unsigned ones or, of the kind "i", signed ones."""
 
     def run(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        kind = np.dtype(f"u{a.itemsize}")
-        return np.asarray(function(a.view(kind), b.view(kind))).view(a.dtype)
+        dtype = np.dtype(f"{kind}{a.itemsize}")
+        return np.asarray(function(a.view(dtype), b.view(dtype))).view(a.dtype)
 
     return run
 
@@ -136,11 +136,6 @@ def unsigned(function: Callable[..., Any]) -> Callable[..., Any]:
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b of integers, truncated."""
     return (a - np.fmod(a, b)) // b
-
-
-def shift_arithmetic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    kind = np.dtype(f"i{a.itemsize}")
-    return np.right_shift(a.view(kind), b.view(kind)).view(a.dtype)
 
 
 def wrap(index: np.ndarray, size: int, identifier: int) -> np.ndarray:
@@ -220,10 +215,10 @@ OPS: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": fma,
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "floor": np.floor, "ceil": np.ceil,
     "rint": np.rint, "trunc": np.trunc, "max": larger, "min": smaller, "frem": np.fmod,
-    "sdiv": quotient, "srem": np.fmod, "udiv": unsigned(np.floor_divide),
-    "urem": unsigned(np.remainder), "and": np.bitwise_and, "or": np.bitwise_or,
+    "sdiv": quotient, "srem": np.fmod, "udiv": on_bits(np.floor_divide),
+    "urem": on_bits(np.remainder), "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "shl": np.left_shift,
-    "lshr": unsigned(np.right_shift), "ashr": shift_arithmetic, "lt": np.less,
+    "lshr": on_bits(np.right_shift), "ashr": on_bits(np.right_shift, "i"), "lt": np.less,
     "le": np.less_equal, "eq": np.equal, "ne": np.not_equal, "select": np.where, "rare": np.where,
 }  # fmt: skip
 

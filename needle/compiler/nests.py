@@ -142,8 +142,7 @@ class Evaluator:
 
     def at(self, node: Node) -> Indices:
         """Where a member lies at the loops' coordinates."""
-        found = self.group.index[node]
-        return tuple(substitute(each, self.table, self.loops) for each in found)
+        return tuple(substitute(each, self.table, self.loops) for each in self.group.index[node])
 
     def value(self, node: Node, index: Indices, mask: Expr | None = None) -> Expr:
         """A node's element; anything where the mask is false."""
@@ -164,12 +163,10 @@ class Evaluator:
             return self.reduce(node)
         if member and kind is ops.MatMul:
             dtype = node.spec.dtype
-            wide_dtype = float32 if dtype in LOW_PRECISION else dtype
-            return cast(expr("acc", (), wide_dtype), dtype)
+            return cast(expr("acc", (), float32 if dtype in LOW_PRECISION else dtype), dtype)
         if member and kind is CumSum:
             x = self.value(node.inputs[0], self.at(node))
-            low = x.dtype in LOW_PRECISION
-            x = wide(x) if low else cast(x, node.spec.dtype)
+            x = wide(x) if x.dtype in LOW_PRECISION else cast(x, node.spec.dtype)
             return cast(expr("scan", (x,), x.dtype), node.spec.dtype)
         return self.compute(node, index, mask)
 
@@ -251,11 +248,9 @@ class Evaluator:
             for axis, n in enumerate(x.shape)
         )
         value = wide(self.value(x, index))
+        value = cast(value, uint8) if value.dtype == bool_ else value
         if kind in ("argmax", "argmin"):
-            value = cast(value, uint8) if value.dtype == bool_ else value
             return expr("reduce", (value,), int64, kind)
-        if value.dtype == bool_:
-            value = cast(value, uint8)
         return cast(expr("reduce", (value,), value.dtype, kind), node.spec.dtype)
 
     def stores(self, stored: Sequence[Node]) -> list[Store]:
@@ -277,8 +272,7 @@ class Shaper:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        order = (*group.outer, *(group.inner or ()))
-        axes = [axis for axis in order if group.shape[axis] != 1]
+        axes = [axis for axis in (*group.outer, *(group.inner or ())) if group.shape[axis] != 1]
         self.sizes = [group.shape[axis] for axis in axes]
         self.table = {axis: fixed(0) for axis in range(len(group.shape))}
         self.table |= {axis: coordinate(place) for place, axis in enumerate(axes)}
@@ -322,11 +316,8 @@ class Shaper:
 
     def is_short(self) -> bool:
         """Whether the last axis, which vectors lie along, is shorter than the one before it."""
-        return (
-            self.outer is None
-            and len(self.sizes) > 1
-            and self.sizes[-1] < min(SHORT, self.sizes[-2])
-        )
+        short = len(self.sizes) > 1 and self.sizes[-1] < min(SHORT, self.sizes[-2])
+        return self.outer is None and short
 
     def turn(self) -> None:
         """The last two axes in the other order."""
@@ -388,8 +379,7 @@ def evaluate(
     evaluator = Evaluator(layout, group, loops)
     evaluator.table = shaper.table
     count = len(layout.checks)
-    stores = evaluator.stores(stored)
-    return loops, stores, count
+    return loops, evaluator.stores(stored), count
 
 
 def build_loop(layout: Layout, group: Group, stored: Sequence[Node]) -> Nest:
@@ -464,11 +454,9 @@ def build_contraction(layout: Layout, group: Group, stored: Sequence[Node]) -> C
     left = operand(layout, group, a, axes, (*batch, m, k))
     swapped = (*axes[:count], axes[count + 1], axes[count])
     right = operand(layout, group, b, swapped, (*batch, n, k))
-    loops = Loops(group.shape)
-    evaluator = Evaluator(layout, group, loops)
+    evaluator = Evaluator(layout, group, Loops(group.shape))
     evaluator.table = {axis: coordinate(axis) for axis in range(count + 2)}
-    stores = evaluator.stores(stored)
-    epilogue = Nest((*batch, m), n, ROWS, tuple(stores), tuple(group.nodes))
+    epilogue = Nest((*batch, m), n, ROWS, tuple(evaluator.stores(stored)), tuple(group.nodes))
     dot = node.op.dot and left.buffer.dtype in (float32, bfloat16)
     return Contraction(batch, m, n, k, left, right, epilogue, tuple(group.nodes), dot)
 
@@ -522,8 +510,7 @@ def build_scatter(layout: Layout, group: Group, node: Node) -> Scatter:
 
 def build_host(layout: Layout, node: Node, items: Mapping[Node, Sequence[Node]]) -> HostCall:
     inputs = tuple((layout.buffer(x), x.shape) for x in node.inputs)
-    results = items.get(node, [node])
-    outputs = tuple((layout.buffer(x), x.shape) for x in results)
+    outputs = tuple((layout.buffer(x), x.shape) for x in items.get(node, [node]))
     return HostCall(node.op, inputs, outputs, (node,))
 
 
@@ -534,8 +521,7 @@ def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
     leaves, strides, moves = op.body.inputs, {}, {}
     way = -1 if op.reverse else 1
     for n, x in enumerate(node.inputs[op.carries :], op.carries):
-        place = coordinates(x.shape)
-        buffer, start, ways = locate(layout, group, x, place, x.shape)
+        buffer, start, ways = locate(layout, group, x, coordinates(x.shape), x.shape)
         found = [stride for ((_, stride),) in ways]
         step = 0
         if n < op.carries + op.xs:
@@ -554,11 +540,9 @@ def build_repeat(layout: Layout, group: Group, node: Node) -> Repeat:
         first, flips = op.ends(n)[0], not op.keeps[n]
         step = (1 - 2 * first if flips else way) * out.size
         body[lowered.layout.buffer(leaves[n])] = Move(whole, first * out.size, step, flips)
-        after = first * out.size + step
-        body[out] = Move(whole, after, -step if flips else step, flips)
+        body[out] = Move(whole, first * out.size + step, -step if flips else step, flips)
     scratch = Buffer(f"{layout.buffer(items[0]).name}.scratch", uint8, lowered.plan.size)
-    kernels = lowered.schedule.kernels
-    return Repeat(op.turns, kernels, body, lowered.plan.offsets, scratch, (node,))
+    return Repeat(op.turns, lowered.schedule.kernels, body, lowered.plan.offsets, scratch, (node,))
 
 
 WHOLE: dict[str, Callable[..., AnyNest]] = {"scatter": build_scatter, "repeat": build_repeat}

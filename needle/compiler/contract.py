@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from itertools import chain
 from math import ceil, prod
 from typing import Any, cast
 
@@ -457,18 +458,23 @@ def emit_sweep(core: Core, rows: int) -> str:
     left = f.whole("srem", "%columns", lanes)
     whole, some, mask = f.whole("sub", "%columns", left), f.test("sgt", left, 0), core.mask(f, left)
     few = Few(core, f, rows)
+    pairs = f.whole("sub", whole, f.whole("srem", whole, 2 * lanes))
+    pairs = pairs if rows > 1 and lanes * core.width < 64 else "0"  # where two share a line
     swept = max(SWEPT // core.width, 1)
     ahead = f.whole("mul", "%inner", swept)  # the next rows
 
-    def add(k: str, starts: Sequence[str], j: str, mask: str | None) -> None:
-        places = rows_of(f, "%chains", j, core.size, rows)
-        sums = [f.load(place, value, lanes) for place in places]
+    def add(k: str, starts: Sequence[str], j: str, mask: str | None, vectors: int = 1) -> None:
+        """To vectors side by side, which are asked for together."""
+        columns = [f.whole("add", j, v * lanes) for v in range(vectors)]
+        places = [rows_of(f, "%chains", each, core.size, rows) for each in columns]
+        sums = [[f.load(place, value, lanes) for place in each] for each in places]
         for start, numbers in zip(starts, few.numbers(k, len(starts)), strict=True):
-            source = f.byte(start, j, core.width)
-            f.prefetch(f.byte(source, ahead), 2)
-            f.prefetch(f.byte(source, ahead, 2), 1)  # and earlier, from memory
-            sums = few.add(sums, numbers, core.fetch(f, source, lanes, mask))
-        for x, place in zip(sums, places, strict=True):
+            f.prefetch(f.byte(f.byte(start, j, core.width), ahead), 2)
+            f.prefetch(f.byte(f.byte(start, j, core.width), ahead, 2), 1)  # earlier, from memory
+            for v, each in enumerate(columns):
+                column = core.fetch(f, f.byte(start, each, core.width), lanes, mask)
+                sums[v] = few.add(sums[v], numbers, column)
+        for x, place in zip(chain(*sums), chain(*places), strict=True):
             f.store(x, place, value, lanes)
 
     with f.span("%columns", lanes) as j:
@@ -478,7 +484,9 @@ def emit_sweep(core: Core, rows: int) -> str:
     for several, first, stop in ((swept, 0, middle), (1, middle, "%count")):
         with f.span(stop, several, first) as k:
             starts = [f.byte("%b", f.whole("add", k, n), "%inner") for n in range(several)]
-            with f.span(whole, lanes) as j:
+            with f.span(pairs, 2 * lanes) as j:
+                add(k, starts, j, None, 2)
+            with f.span(whole, lanes, pairs) as j:
                 add(k, starts, j, None)
             with f.under(some):
                 add(k, starts, whole, mask)
@@ -1055,17 +1063,10 @@ class Block:
         f, core = self.f, self.core
         row = f.least_of(f.whole("mul", part, WOVEN), f.whole("sub", self.rest, 1))
         beside = f.test("slt", f.whole("add", row, 1), self.rest)
-        woven = (
-            self.below.moved(row, 0).start,
-            self.below.inner,
-            f.choose(beside, self.below.outer, 0),
-        )
-        back = f.whole("mul", self.count, b.inner)
-        soon = (
-            f.byte(b.start, SOON, b.inner),
-            b.inner,
-            f.whole("sub", core.columns * core.width, back),
-        )
+        beside = f.choose(beside, self.below.outer, 0)  # the last row stands in for the next
+        woven = self.below.moved(row, 0).start, self.below.inner, beside
+        panel = f.whole("sub", core.columns * core.width, f.whole("mul", self.count, b.inner))
+        soon = f.byte(b.start, SOON, b.inner), b.inner, panel
         found: list[str] = [self.strips, "0", "0"]
         for condition, other in (
             (f.test("ult", part, self.parts), self.way(self.below, part)),

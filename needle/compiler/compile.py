@@ -92,8 +92,7 @@ def lower(
         for output, number in (donated or {}).items()
     }
     found = schedule.schedule(built, pairs, layout.waits)
-    plan = schedule.plan(found.kernels, outputs)
-    return Lowered(source, fuser, layout, found, plan, outputs)
+    return Lowered(source, fuser, layout, found, schedule.plan(found.kernels, outputs), outputs)
 
 
 def with_own_outputs(source: Graph) -> Graph:
@@ -372,8 +371,7 @@ class Program:
         if self.memory is not None:
             memory = empty(self.memory)  # held until the program has run
             pointers.append(memory.ptr)
-        flags = self.native.run(*pointers)
-        if flags:
+        if flags := self.native.run(*pointers):
             self.refuse(*flags)
         return outputs
 
@@ -434,8 +432,7 @@ class Host:
         views = [as_view(p, b, shape) for p, (b, shape) in zip(pointers, places, strict=True)]
         inputs = views[: len(self.nest.inputs)]
         specs = tuple(Spec(shape, buffer.dtype) for buffer, shape in self.nest.outputs)
-        spec = specs if len(specs) > 1 else specs[0]
-        found = compute(self.nest.op, inputs, spec)
+        found = compute(self.nest.op, inputs, specs if len(specs) > 1 else specs[0])
         results = found if isinstance(found, tuple) else (found,)
         for view, result in zip(views[len(inputs) :], results, strict=True):
             np.copyto(view, result, casting="same_kind")
@@ -453,8 +450,7 @@ def as_view(pointer: int, buffer: Buffer, shape: tuple[int, ...]) -> np.ndarray:
 def fingerprint(source: Graph, donated: Mapping[int, int]) -> str:
     """The hash of a graph, constants included: equal ones make equal programs."""
     settings = len(source.inputs), sorted(donated.items()), vector_bits(), sorted(OFF)
-    parts = [str(source), repr(settings)]
-    digest = hashlib.sha256("\n".join(parts).encode())
+    digest = hashlib.sha256("\n".join([str(source), repr(settings)]).encode())
     for op in constants_of(source):
         digest.update(np.ascontiguousarray(op.array).tobytes())
     return digest.hexdigest()
@@ -493,12 +489,10 @@ def expect_memory(arena: int, outputs: Sequence[Spec]) -> None:
     """MemoryError, before anything is allocated, where a program cannot fit the machine."""
     size = arena + sum(prod(spec.shape) * spec.dtype.itemsize for spec in outputs)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    expect(
-        size <= memory,
-        f"jit: expected a program that fits in {format_bytes(memory)} of memory; received one that "
-        f"needs {format_bytes(size)} for outputs and temporaries; use smaller batches",
-        MemoryError,
-    )
+    expected = f"expected a program that fits in {format_bytes(memory)} of memory"
+    needs = f"{format_bytes(size)} for outputs and temporaries; use smaller batches"
+    message = f"jit: {expected}; received one that needs {needs}"
+    expect(size <= memory, message, MemoryError)
 
 
 def format_bytes(count: int) -> str:
@@ -522,8 +516,7 @@ def eager_plan(op: Op, forms: Sequence[Form]) -> Program | None:
     builder = Builder()
     nodes = [Node(Input(number), (), form.spec) for number, form in enumerate(forms)]
     found = graph.apply(builder, op, nodes, None)
-    outputs = list(found) if isinstance(found, tuple) else [found]
-    source = Graph(nodes, outputs)
+    source = Graph(nodes, list(found) if isinstance(found, tuple) else [found])
     loops = (graph.Repeat, graph.Item)
     if not all(x.is_leaf or type(x.op) in LOWERED or isinstance(x.op, loops) for x in source.nodes):
         return None

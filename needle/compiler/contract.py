@@ -12,10 +12,10 @@ Two functions do the work. The *core* of a dtype computes one block of accumulat
                 after the last segment: epilogue on the strip, while it is in the cache
 
 Arithmetic leaves a micro-kernel time for other work, a little at each term: it packs the panel that
-it is the first to read, and, where panels are many, the next strip, so that a group is all strips;
-and it fetches into the cache what is needed next. A row of ones, as one more of a's, gives the sums
-of b's terms. Few rows make a *thin* block, which waits for memory: b is then read once, as it lies.
-A product with few columns is computed as its transpose.
+it is the first to read, and, where vectors are wide and panels many, the next strip, so that a
+group is all strips; and it fetches into the cache what is needed next. A row of ones, as one more
+of a's, gives the sums of b's terms. Few rows make a *thin* block, which waits for memory: b is then
+read once, as it lies. A product with few columns is computed as its transpose.
 
 The *kernel* of a structure holds the epilogue and walks over units, which are blocks; a thread's
 units that lie below each other are one block, so that b is packed once. It calls the core by an
@@ -49,7 +49,6 @@ FEW = {1: 4096, 4: 2048, 8: 1024}  # rows of a thin block -> how many columns it
 SWEPT = 32  # bytes of a column that go through a thin block's columns together
 THIN_PITCH = (1 << 15) + 64  # bytes between the rows of a thin block's sums
 LITTLE = 1 << 16  # elements of b that are worth a unit of thin blocks
-SOON = 64  # terms that b is fetched ahead while it is packed
 WOVEN = 2  # rows of the next strip that are packed while a panel is met
 AHEAD, FAR = 1024, 1 << 17  # bytes: what is fetched along a column, where the next are far
 GROUP = 8  # strips that are packed together
@@ -207,6 +206,16 @@ class Core:
         return 14 if self.bits == 512 else 6
 
     @property
+    def is_roomy(self) -> bool:
+        """Whether a tile's multiply-adds leave time for other work at each term."""
+        return self.bits == 512
+
+    @property
+    def soon(self) -> int:
+        """How many terms ahead b is fetched while it is packed."""
+        return 64 if self.is_roomy else 128
+
+    @property
     def is_wide(self) -> bool:
         """Whether there are thin blocks: of elements that fill vectors soon."""
         return self.size >= 4 and not self.dot and not self.windows
@@ -229,7 +238,7 @@ class Core:
     def emit(self, name: str) -> str:
         """The module that defines the core under a name."""
         micros = [Micro(self, rows, n).f.text for rows in (self.rows, SMALL) for n in (2, 1)]
-        kinds = () if self.dot else ("first", "weave")
+        kinds = [] if self.dot else ["first", *["weave"] * self.is_roomy]
         micros += [Micro(self, self.rows, 2, kind).f.text for kind in kinds]
         turns = [emit_transpose(self, side) for side in self.sides]
         spreads = [emit_spread(self, name) for name in self.packing]
@@ -285,7 +294,7 @@ class Micro:
     apart. By the way, at each term, lines are fetched into the cache: a row of c and out, and from
     `ahead` on, in steps of `stride` bytes, what is packed next; after a period `turn` more.
 
-    first: b is read as it lies, and what is read is kept as `panel`; b is fetched SOON terms ahead,
+    first: b is read as it lies, and what is read is kept as `panel`; b is fetched some terms ahead,
     and `turn` leads to the next panel. weave: two rows of a's next strip, which begin at `ahead`
     and are `turn` apart, are packed at `panel`, a term each.
     """
@@ -297,31 +306,40 @@ class Micro:
         self.masks = [*[None] * (vectors - 1), core.mask(f, "%lanes") if core.masks else None]
         self.below = f.whole("mul", "%turn", rows)  # from a strip to the next
         self.last = f.whole("sub", "%count", rows)  # terms that are left when c's rows are fetched
-        pointers = [("ptr", f"%{each}") for each in ("a", "b", "panel", "ahead", "c", "out")]
+        self.lines = [("c", PITCH), ("out", "%pitch")] if core.is_roomy else []
+        names = ["a", "b", "panel", "ahead", *(name for name, _ in self.lines)]
         zeros = [(typed(self.value, self.lanes), "zeroinitializer")] * (rows * vectors)
-        carried = [("i64", "%count"), *pointers, *zeros]
+        carried = [("i64", "%count"), *(("ptr", f"%{each}") for each in names), *zeros]
+        for r in range(0 if core.is_roomy else rows):
+            self.fetch_line(f.byte("%c", r * PITCH))
         found = f.repeat(carried, lambda values: f.test("ne", values[0], 0), self.turn)
-        self.finish(found[len(pointers) + 1 :])
+        self.finish(found[len(names) + 1 :])
 
     def turn(self, values: list[str]) -> list[str]:
         f = self.f
-        left, a, b, panel, ahead, c, out, *sums = values
+        left, a, b, panel, ahead, *rest = values
+        lines, sums = rest[: len(self.lines)], rest[len(self.lines) :]
         left = f.whole("sub", left, 1)
         # Stores come first: no load may pass them, and fourteen that wait would fill the registers
-        columns, rest, found = self.columns(b, panel), iter(sums), []
+        columns, totals, found = self.columns(b, panel), iter(sums), []
         ahead = self.weave(ahead, panel) if self.kind == "weave" else self.fetch(left, ahead)
         for r in range(self.rows):
             term = uint32 if self.core.dot else self.value
             x = f.splat(f.load(f.byte(a, r * self.size), term, 0), term, self.lanes)
-            found += [self.core.multiply_add(f, x, column, next(rest)) for column in columns]
+            found += [self.core.multiply_add(f, x, column, next(totals)) for column in columns]
         kept = {"first": self.core.columns, "weave": 16}.get(self.kind, 0)
         places = [f.byte(a, 16 * self.size), f.byte(b, "%step"), f.byte(panel, kept * self.size)]
         more = f.test("sgt", left, self.last)
-        for place in (c, out):
-            for line in range(0, self.vectors * self.core.bits // 8, 64):
-                f.prefetch(f.byte(place, line + 63))
-        lines = [f.byte(c, f.choose(more, PITCH, 0)), f.byte(out, f.choose(more, "%pitch", 0))]
+        for place in lines:
+            self.fetch_line(place)
+        steps = [f.choose(more, pitch, 0) for _, pitch in self.lines]
+        lines = [f.byte(*each) for each in zip(lines, steps, strict=True)]
         return [left, *places, ahead, *lines, *found]
+
+    def fetch_line(self, place: str) -> None:
+        """A row of the tile."""
+        for line in range(0, self.vectors * self.core.bits // 8, 64):
+            self.f.prefetch(self.f.byte(place, line + 63))
 
     def columns(self, b: str, panel: str) -> list[str]:
         f, core, starts = self.f, self.core, range(0, self.vectors * self.lanes, self.lanes)
@@ -343,7 +361,7 @@ class Micro:
         for line in range(0, core.span, 64):  # where rows begin within one, the panel before has it
             f.prefetch(f.byte(ahead, line + 63), 2 if first else 3)
         phase = left if first else f.whole("and", left, core.period - 1)
-        turned = f.test("eq", phase, SOON if first else 0)
+        turned = f.test("eq", phase, core.soon if first else 0)
         return f.byte(f.byte(ahead, "%stride"), f.choose(turned, "%turn", 0))
 
     def weave(self, ahead: str, panel: str) -> str:
@@ -875,7 +893,7 @@ class Block:
         )
         self.pack_b, self.turn, self.thin = (f.test("ne", given[field], 0) for field in FLAGS)
         self.weaves = "false"
-        if not core.dot:
+        if core.is_roomy and not core.dot:
             enough = f.test("sge", "%columns", core.rows // WOVEN * core.columns)
             self.weaves = f.all(enough, f.test("eq", self.a.way, STRIDED))
         self.strips = f.byte("%scratch", 64)
@@ -1046,8 +1064,9 @@ class Block:
             for height, fits in heights:
                 micro = f.choose(double, f"@micro{height}.2", f"@micro{height}.1", "ptr")
                 if height == core.rows and not core.dot:
-                    for kind, here in (("first", by_the_way), ("weave", weave)):
-                        micro = f.choose(here, f"@{kind}{height}.2", micro, "ptr")
+                    micro = f.choose(by_the_way, f"@first{height}.2", micro, "ptr")
+                    if core.is_roomy:
+                        micro = f.choose(weave, f"@weave{height}.2", micro, "ptr")
                 with f.under(fits), f.span(rows, height) as r:
                     left, to = f.byte(strip, r, self.size), f.byte(target, r, PITCH)
                     out = f.choose(whole, f.byte(line, j, self.size), to, "ptr")
@@ -1066,7 +1085,7 @@ class Block:
         beside = f.choose(beside, self.below.outer, 0)  # the last row stands in for the next
         woven = self.below.moved(row, 0).start, self.below.inner, beside
         panel = f.whole("sub", core.columns * core.width, f.whole("mul", self.count, b.inner))
-        soon = f.byte(b.start, SOON, b.inner), b.inner, panel
+        soon = f.byte(b.start, core.soon, b.inner), b.inner, panel
         found: list[str] = [self.strips, "0", "0"]
         for condition, other in (
             (f.test("ult", part, self.parts), self.way(self.below, part)),

@@ -9,6 +9,7 @@ In: a file or folder. Out: token ids. Next: tokenizers.py.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,9 @@ def find_texts(folder: Path, pattern: str) -> list[str]:
     files = [path for path in sorted(folder.glob(pattern)) if is_plain(path.relative_to(folder))]
     files, texts = [path for path in files if path.is_file()], []
     check_room(folder, files)
-    for content in (path.read_bytes() for path in files):
-        try:
-            texts.append(decode_text(folder, content))
-        except FileError:
-            continue
+    for path in files:
+        with suppress(FileError):
+            texts.append(decode_text(folder, path.read_bytes()))
     return [text for text in texts if text]
 
 
@@ -96,10 +95,8 @@ class TokenDataset(Dataset):
         super().__init__()
         self.tokens, self.block_size = np.asarray(tokens), block_size
         self.stride, self.shift = stride or block_size, shift
-        sizes = f"block_size {block_size} and stride {self.stride}"
-        expect(
-            min(block_size, self.stride) > 0, f"TokenDataset: expected 1 or more; received {sizes}"
-        )
+        received = f"received block_size {block_size} and stride {self.stride}"
+        expect(min(block_size, self.stride) > 0, f"TokenDataset: expected 1 or more; {received}")
         expected = f"more than {block_size} tokens (n,), since that is the block_size"
         fits = self.tokens.ndim == 1 and len(self.tokens) > block_size
         expect(fits, f"TokenDataset: expected {expected}; received shape {self.tokens.shape}")
@@ -111,8 +108,7 @@ class TokenDataset(Dataset):
         last = len(self.tokens) - self.block_size - 1
         if self.shift:
             starts = np.minimum(starts + sample_rng().randint(self.stride), last)
-        windows = starts[..., None] + np.arange(self.block_size + 1)
-        found = self.tokens[windows]
+        found = self.tokens[starts[..., None] + np.arange(self.block_size + 1)]
         return found[..., :-1], found[..., 1:]
 
     def __len__(self) -> int:

@@ -303,6 +303,7 @@ class Micro:
         self.core, self.rows, self.vectors, self.kind = core, rows, vectors, kind
         self.f = f = Function(f"{kind}{rows}.{vectors}", MICRO)
         self.value, self.lanes, self.size = core.value, core.lanes, core.size
+        self.term = uint32 if core.dot else core.value  # of packed operands
         self.masks = [*[None] * (vectors - 1), core.mask(f, "%lanes") if core.masks else None]
         self.below = f.whole("mul", "%turn", rows)  # from a strip to the next
         self.last = f.whole("sub", "%count", rows)  # terms that are left when c's rows are fetched
@@ -324,8 +325,7 @@ class Micro:
         columns, totals, found = self.columns(b, panel), iter(sums), []
         ahead = self.weave(ahead, panel) if self.kind == "weave" else self.fetch(left, ahead)
         for r in range(self.rows):
-            term = uint32 if self.core.dot else self.value
-            x = f.splat(f.load(f.byte(a, r * self.size), term, 0), term, self.lanes)
+            x = f.splat(f.load(f.byte(a, r * self.size), self.term, 0), self.term, self.lanes)
             found += [self.core.multiply_add(f, x, column, next(totals)) for column in columns]
         kept = {"first": self.core.columns, "weave": 16}.get(self.kind, 0)
         places = [f.byte(a, 16 * self.size), f.byte(b, "%step"), f.byte(panel, kept * self.size)]
@@ -342,14 +342,12 @@ class Micro:
             self.f.prefetch(self.f.byte(place, line + 63))
 
     def columns(self, b: str, panel: str) -> list[str]:
+        """The vectors of a term of b; the first to read it keeps them."""
         f, core, starts = self.f, self.core, range(0, self.vectors * self.lanes, self.lanes)
+        width = core.width if self.kind == "first" else self.size
+        pairs = zip([f.byte(b, start, width) for start in starts], self.masks, strict=True)
         if self.kind != "first":
-            term = uint32 if core.dot else self.value
-            places = [f.byte(b, start, self.size) for start in starts]
-            pairs = zip(places, self.masks, strict=True)
-            return [f.load(place, term, self.lanes, mask) for place, mask in pairs]
-        places = [f.byte(b, start, core.width) for start in starts]
-        pairs = zip(places, self.masks, strict=True)
+            return [f.load(place, self.term, self.lanes, mask) for place, mask in pairs]
         found = [core.fetch(f, place, self.lanes, mask) for place, mask in pairs]
         for x, start in zip(found, starts, strict=True):
             f.store(x, f.byte(panel, start, self.size), self.value, self.lanes)
